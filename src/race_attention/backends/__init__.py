@@ -14,20 +14,38 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-#: name -> module, in the order in which ``backend="auto"`` asks them.
+from .call import Call
+
 MODULES = {
-    "triton": "race_attention.backends.triton",
-    "cpu": "race_attention.backends.cpu",
     "reference": "race_attention.backends.reference",
+    "cpu": "race_attention.backends.cpu",
+    "triton": "race_attention.backends.triton",
 }
+
+#: device type -> the backend that ``backend="auto"`` asks first there; the reference serves the rest.
+NATIVE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 
 
 def load(name: str) -> ModuleType:
     """The backend module of that name, imported on first use.
 
     Raises:
-        ValueError: no backend has that name.
+        ValueError: no backend has that name. ImportError: it needs something that is not installed.
     """
     if name not in MODULES:
         raise ValueError(f"backend: got {name!r}, allowed are 'auto', " + ", ".join(map(repr, MODULES)))
     return importlib.import_module(MODULES[name])
+
+
+def why_not(name: str, call: Call) -> str | None:
+    """The reason why a backend cannot serve the call, or None.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    try:
+        module = load(name)
+    except ImportError as error:
+        return str(error)
+    reason: str | None = module.why_not(call)
+    return reason
