@@ -81,13 +81,12 @@ def oracle(
     if log_decay is not None and not causal:
         raise ValueError("log_decay: got a tensor with causal=False, allowed with causal=True only")
     batch, keys, groups = key.shape[:3]
-    double = {"dtype": torch.float64, "device": key.device}
     planes_GLPD = (scale * hyperplanes.to(torch.float64)).expand(groups, -1, -1, -1)
     beta_G = torch.as_tensor(beta, device=key.device).to(torch.float64).expand(groups)
     seen_BKG = torch.ones(batch, keys, groups, dtype=torch.bool, device=key.device)
     if key_mask is not None:
         seen_BKG = seen_BKG & (key_mask if key_mask.ndim == 3 else key_mask[..., None])
-    decay_BKG = torch.zeros(batch, keys, groups, **double)
+    decay_BKG = torch.zeros(batch, keys, groups, dtype=torch.float64, device=key.device)
     if log_decay is not None:
         decay_BKG = decay_BKG + log_decay.to(torch.float64)
 
@@ -161,12 +160,14 @@ class _Run:
 
     def kernel(self) -> Tensor:
         """The kernel kappa [B, Q, K, H]: the mean over tables of the chance that both tokens fall into one bucket."""
-        same = None
+        same: Tensor | None = None
         for plane in range(self.key_side[0].shape[-1]):
-            agree = sum(
-                q_side[..., plane][:, :, None] * k_side[..., plane].repeat_interleave(self.share, 2)[:, None]
-                for q_side, k_side in zip(self.query_side, self.key_side, strict=True)
-            )  # [B, Q, K, H, L] = (1 + a_q a_k) / 2, without the cancellation of 1 + a_q a_k at opposite signs
+            (q_up, q_down), (k_up, k_down) = (
+                [side[..., plane] for side in sides] for sides in (self.query_side, self.key_side)
+            )
+            k_up, k_down = (x.repeat_interleave(self.share, 2)[:, None] for x in (k_up, k_down))
+            # [B, Q, K, H, L]: (1 + a_q a_k) / 2, without the cancellation of 1 + a_q a_k at opposite signs
+            agree = q_up[:, :, None] * k_up + q_down[:, :, None] * k_down
             same = agree if same is None else same * agree
         assert isinstance(same, Tensor)
         return same.mean(-1)
@@ -549,24 +550,16 @@ def assert_within_budget(
 def runnable_backends() -> dict[str, tuple[str, ...]]:
     """The devices on which each backend can serve a plain float32 call on this machine: name -> device types.
 
-    A backend that cannot be imported, or that says why not, is left out.
+    The reference is asked on every device, a native backend on its own; one that says why not is left out.
     """
     from race_attention import backends
     from race_attention.backends.call import Call
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found: dict[str, tuple[str, ...]] = {}
-    for backend in backends.MODULES:
-        try:
-            module = backends.load(backend)
-        except ImportError:
-            continue
-        able = []
-        for device in devices:
-            x = torch.zeros(1, 4, 1, 16, device=device)
-            call = Call(x, x, x, torch.zeros(1, 2, 2, 16, device=device), torch.ones(1, device=device))
-            if module.why_not(call) is None:
-                able.append(device)
-        if able:
-            found[backend] = tuple(able)
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        x = torch.zeros(1, 4, 1, 16, device=device)
+        call = Call(x, x, x, torch.zeros(1, 2, 2, 16, device=device), torch.ones(1, device=device))
+        for backend in ("reference", backends.NATIVE[device]):
+            if backends.why_not(backend, call) is None:
+                found[backend] = (*found.get(backend, ()), device)
     return found
