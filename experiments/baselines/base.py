@@ -1,0 +1,79 @@
+"""What the baselines share: projections around an attention, and rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ProjectedMixer(nn.Module):
+    """Projects to queries, keys and values, mixes them by :meth:`attend`, and projects back.
+
+    Args:
+        dim: E.
+        heads: H; E a multiple of it.
+        causal: whether token i sees only tokens up to i.
+        max_length: the most tokens one call sees.
+        seed: of random features.
+        bias: of the four projections.
+        rope: base of rotary positions on queries and keys, or None.
+    """
+
+    recurrent = False
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool,
+        max_length: int,
+        seed: int = 0,
+        bias: bool = False,
+        rope: float | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"heads: got {heads}, allowed is a divisor of dim, {dim}")
+        self.heads, self.head_dim = heads, dim // heads
+        self.causal, self.max_length, self.seed, self.rope = causal, max_length, seed, rope
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, T, H, D] of x [B, T, E], the first token at position ``offset``."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        if self.rope is not None:
+            query, key = rotate(query, self.rope, offset), rotate(key, self.rope, offset)
+        return query, key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The method itself: [B, T, H, D] each, ``key_mask`` [B, T] True where a key takes part -> [B, T, H, D]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+        query, key, value = self.project(x)
+        mask = None if key_padding_mask is None else ~key_padding_mask
+        return self.out(self.attend(query, key, value, mask).flatten(-2))
+
+
+def rotate(x: Tensor, base: float, offset: int = 0) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) with the halves as the two coordinates.
+
+    Args:
+        x: [B, T, H, D], D even.
+        base: wavelengths run from 2 pi to 2 pi base.
+        offset: position of the first token.
+
+    Returns:
+        [B, T, H, D] in x's dtype; the angles are float64, so that far positions keep their digits.
+    """
+    half = x.shape[-1] // 2
+    if x.shape[-1] % 2:
+        raise ValueError(f"rope: got head size {x.shape[-1]}, allowed is an even one")
+    position = torch.arange(offset, offset + x.shape[1], device=x.device, dtype=torch.float64)
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = position[:, None, None] * frequency  # [T, 1, D/2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,293 @@
+"""Trains a byte-level language model: ``python -m experiments.train config.toml [key=value ...] [--resume]``.
+
+Everything lands in the folder ``out``: config.json, metrics.jsonl (a line a step), checkpoint.safetensors.
+A run that was killed continues with ``--resume`` and gives the same losses, bit for bit on a CPU, as one that
+was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments import checkpoint
+from experiments import config as configuration
+from experiments.config import ConfigError, check
+from experiments.data import Text, WindowSampler, evaluation_windows, load_text
+from experiments.models import DecoderLM, ModelConfig
+from experiments.optim import lr_factor, make_adamw
+from experiments.report import Bar, Metrics, machine
+
+BITS = 1 / math.log(2)  # bits of a nat
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of language modelling over bytes.
+
+    Attributes:
+        model: sizes and mixer.
+        data: "stdlib", "novels", "shakespeare" or "file:PATH".
+        data_dir: folder of local data; default the environment variable RACE_DATA_DIR.
+        context: bytes a window.
+        batch: windows a step.
+        steps: optimiser steps; or None with ``seconds``.
+        seconds: trains for so long instead, with the learning rate following the clock.
+        lr, lr_floor, warmup: peak, its fraction at the end, and the fraction of the run spent rising.
+        weight_decay, beta1, beta2, clip: AdamW's, and the norm that gradients are clipped to.
+        seed: of weights, hyperplanes and the order of the data.
+        precision: "float32", or "bfloat16" for autocast.
+        device: "auto", "cpu", "cuda", ...
+        out: folder of the run.
+        eval_every: steps between held-out losses; 0 for one at the end only.
+        eval_windows: held-out windows, spread evenly.
+        checkpoint_every: steps between checkpoints; 0 for one at the end only.
+        log_every: steps between looks at the losses, each of which waits for a GPU to finish.
+        tensorboard: writes scalars for it too.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: str = "stdlib"
+    data_dir: str | None = None
+    context: int = 1024
+    batch: int = 8
+    steps: int | None = 1000
+    seconds: float | None = None
+    lr: float = 2e-3
+    lr_floor: float = 0.05
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "auto"
+    out: str = "runs/lm"
+    eval_every: int = 200
+    eval_windows: int = 8
+    checkpoint_every: int = 200
+    log_every: int = 1
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        timed = self.seconds is not None
+        check((self.steps is None) == timed, "steps", self.steps, "a number, or null with seconds given instead")
+        check(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more")
+        check(self.seconds is None or self.seconds > 0, "seconds", self.seconds, "above 0")
+        for name in ("context", "batch", "eval_windows", "log_every"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("eval_every", "checkpoint_every"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("lr", "clip"):
+            check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
+        for name in ("lr_floor", "warmup"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "'float32' or 'bfloat16'")
+        limited = self.model.positions == "learned"
+        check(not limited or self.context <= self.model.max_length, "context", self.context, "at most max_length")
+
+
+def window_loss(model: DecoderLM, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean nats a byte of windows [B, T] int64, predicted in one piece. The one place that knows how."""
+    return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
+
+
+class Trainer:
+    """One run, from its configuration.
+
+    Args:
+        config: of the run.
+        text: the data, where it is loaded already.
+        quiet: shows no progress.
+    """
+
+    def __init__(self, config: TrainConfig, *, text: Text | None = None, quiet: bool = False) -> None:
+        self.config, self.quiet = config, quiet
+        self.device = pick_device(config.device)
+        self.text = text or load_text(config.data, config.data_dir)
+        torch.manual_seed(config.seed)  # dropout's; the model's weights have a generator of their own
+        self.model = DecoderLM(config.model, seed=config.seed).to(self.device)
+        betas = (config.beta1, config.beta2)
+        self.optimiser = make_adamw(self.model, lr=config.lr, weight_decay=config.weight_decay, betas=betas)
+        self.sampler = WindowSampler(self.text.train.to(self.device), config.context, config.seed)
+        self.folder = Path(config.out)
+        self.step, self.seconds, self.windows = 0, 0.0, 0  # done so far, over all parts of the run
+        self._pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    @property
+    def fraction(self) -> float:
+        """How much of the run is done, in [0, 1]."""
+        if self.config.steps is not None:
+            return min(1.0, self.step / self.config.steps)
+        assert self.config.seconds is not None
+        return min(1.0, self.seconds / self.config.seconds)
+
+    def train_step(self) -> tuple[Tensor, Tensor, float]:
+        """One optimiser step: the loss and the gradient's norm, still on the device, and the learning rate."""
+        config = self.config
+        ahead = 1 / config.steps if config.steps else self.seconds / max(1, self.step) / (config.seconds or 1)
+        lr = config.lr * lr_factor(min(1.0, self.fraction + max(ahead, 1e-3)), config.warmup, config.lr_floor)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        inputs, targets = self.sampler.batch(self.windows, config.batch)
+        with self.autocast():
+            loss = window_loss(self.model, inputs, targets)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimiser.step()
+        self.step += 1
+        self.windows += config.batch
+        return loss.detach(), norm.detach(), lr
+
+    @torch.no_grad()
+    def evaluate(self, windows: int | None = None) -> float:
+        """Held-out bits a byte, over windows of the training context spread evenly."""
+        self.model.eval()
+        context = min(self.config.context, len(self.text.valid) - 1)
+        losses = []
+        for inputs, targets in evaluation_windows(self.text.valid, context, windows or self.config.eval_windows):
+            with self.autocast():
+                loss = window_loss(self.model, inputs[None].to(self.device), targets[None].to(self.device))
+            losses.append(loss.double())
+        return float(torch.stack(losses).mean()) * BITS
+
+    def run(self, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
+        """Trains to the end and returns the last held-out loss and the totals.
+
+        Args:
+            resume: continues from the checkpoint in the folder, from the start where there is none.
+            fresh: replaces a run that the folder holds.
+
+        Raises:
+            ConfigError: the folder holds a run and neither flag says what to do with it, or another run.
+            FloatingPointError: the loss is not finite.
+        """
+        self._open(resume, fresh)
+        metrics = Metrics(self.folder, resume_at=self.step, tensorboard=self.config.tensorboard)
+        held_out = math.nan
+        try:
+            with Bar("training", quiet=self.quiet) as bar:
+                while self.fraction < 1:
+                    held_out = self._advance(metrics, bar, held_out)
+        finally:
+            metrics.close()
+        return {"valid_bits": held_out, "steps": self.step, "seconds": self.seconds, "windows": self.windows}
+
+    def _advance(self, metrics: Metrics, bar: Bar, held_out: float) -> float:
+        """A step and what is due after it; returns the latest held-out loss."""
+        config, start = self.config, time.monotonic()
+        loss, norm, lr = self.train_step()
+        self._pending.append(({"step": self.step, "lr": lr}, loss, norm))
+        over = config.steps is not None and self.step >= config.steps
+        if self.step % config.log_every == 0 or over or config.seconds is not None:
+            bits = self._flush(metrics, start)
+            left = self.seconds / max(self.fraction, 1e-9) * (1 - self.fraction)
+            speed = self.windows * config.context / max(self.seconds, 1e-9)
+            bar.update(self.fraction, left, bits_per_byte=f"{bits:.3f}", tokens_per_second=f"{speed:,.0f}")
+        else:
+            self.seconds += time.monotonic() - start
+        done = self.fraction >= 1
+        if done or (config.eval_every and self.step % config.eval_every == 0):
+            held_out = self.evaluate()
+            metrics.write({"step": self.step, "valid_bits": held_out})
+        if done or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+            self._save()
+        return held_out
+
+    def _flush(self, metrics: Metrics, start: float) -> float:
+        """Reads the losses since the last look, writes them, and returns the last one in bits."""
+        losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()  # waits for the device
+        norms = torch.stack([norm for _, _, norm in self._pending]).tolist()
+        self.seconds += time.monotonic() - start
+        bytes_seen = self.config.batch * self.config.context
+        for (record, _, _), loss, norm in zip(self._pending, losses, norms, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"step {record['step']}: the loss is {loss}; lower lr or clip")
+            record |= {"bits": loss * BITS, "grad_norm": norm, "bytes": record["step"] * bytes_seen}
+            metrics.write(record | {"seconds": self.seconds})
+        self._pending.clear()
+        return losses[-1] * BITS
+
+    def _open(self, resume: bool, fresh: bool) -> None:
+        """Prepares the folder, and picks up the checkpoint in it."""
+        saved, state = self.folder / "config.json", self.folder / "checkpoint.safetensors"
+        mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        if saved.exists() and not fresh:
+            check(resume, "out", str(self.folder), "a folder without a run, or --resume, or --fresh to replace it")
+            theirs = json.loads(saved.read_text())["config"]
+            differing = [k for k in mine if k not in ("out", "data_dir", "device") and mine[k] != theirs.get(k)]
+            if differing:
+                raise ConfigError(f"out: the run in {self.folder} has another " + ", ".join(differing))
+            if state.exists():
+                progress = checkpoint.load(state, self.model, self.optimiser)
+                check(progress["data"] == self.text.sha256, "data", self.text.sha256, f"the run's, {progress['data']}")
+                self.step, self.seconds, self.windows = (progress[k] for k in ("step", "seconds", "windows"))
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state.unlink(missing_ok=True)
+        saved.write_text(json.dumps({"config": mine, "machine": machine()}, indent=2) + "\n")
+
+    def _save(self) -> None:
+        progress = {"step": self.step, "seconds": self.seconds, "windows": self.windows, "data": self.text.sha256}
+        checkpoint.save(self.folder / "checkpoint.safetensors", self.model, self.optimiser, progress)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: got {name!r}, allowed is 'auto' or a device of torch") from error
+    check(device.type != "cuda" or torch.cuda.is_available(), "device", name, "one that this machine has")
+    return device
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.train", description=__doc__)
+    parser.add_argument("config", nargs="?", help="a .toml or .json file; the defaults without one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.dim=96 lr=1e-3")
+    parser.add_argument("--data-dir", help="folder of local data sets")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder 'out'")
+    parser.add_argument("--fresh", action="store_true", help="replace the run in the folder 'out'")
+    given = parser.parse_args(arguments)
+    overrides = list(given.overrides)
+    if given.config and "=" in given.config:
+        overrides.insert(0, given.config)
+        given.config = None
+    data = configuration.override(configuration.read(given.config) if given.config else {}, overrides)
+    if given.data_dir:
+        data["data_dir"] = given.data_dir
+    try:
+        trainer = Trainer(configuration.build(TrainConfig, data))
+        result = trainer.run(resume=given.resume, fresh=given.fresh)
+    except (ConfigError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"held-out bits a byte {result['valid_bits']:.4f} after {result['steps']} steps; files in {trainer.folder}/")
+
+
+if __name__ == "__main__":
+    main()
