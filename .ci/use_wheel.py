@@ -9,9 +9,10 @@ import torch  # noqa: E402
 
 torch_seconds = time.perf_counter() - start
 import race_attention  # noqa: E402
+from race_attention._version import __version__  # noqa: E402
 from race_attention.backends import MODULES, load  # noqa: E402
 
-print(f"race_attention {race_attention.__version__}, torch {torch.__version__}")
+print(f"race_attention {__version__}, torch {torch.__version__}")
 print(f"import: torch {torch_seconds:.2f} s, race_attention {time.perf_counter() - start - torch_seconds:.2f} s more")
 for name in ("numpy", "safetensors", "triton", "typer", "rich"):
     assert importlib.util.find_spec(name) is None, f"{name} is installed: this environment is not clean"

@@ -1,6 +1,6 @@
 """Prints the requirements of extras of pyproject.toml, one a line, without installing the package itself.
 
-    python tools/extras.py dev docs
+python tools/extras.py dev docs
 """
 
 import re
