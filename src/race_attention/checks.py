@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ def check_scale(scale: float) -> float:
 
 
 def shape_of(x: Tensor) -> str:
+    """The shape, for a message."""
     return str(list(x.shape))
 
 
@@ -134,11 +136,15 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tu
             raise TypeError(f"{name}: got {x.dtype}, allowed is the query's dtype, {query.dtype}")
     batch, length, heads, dim = query.shape
     if key.shape[0] != batch or key.shape[3] != dim:
-        raise ValueError(f"key: got shape {shape_of(key)}, allowed is [{batch}, Tk, G, {dim}] (query {shape_of(query)})")
+        raise ValueError(
+            f"key: got shape {shape_of(key)}, allowed is [{batch}, Tk, G, {dim}] (query {shape_of(query)})"
+        )
     if heads % key.shape[2]:
         raise ValueError(f"query: got H = {heads} heads, allowed is a multiple of the key's G = {key.shape[2]}")
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value: got shape {shape_of(value)}, allowed is {[*key.shape[:3]]} and Dv (key {shape_of(key)})")
+        raise ValueError(
+            f"value: got shape {shape_of(value)}, allowed is {[*key.shape[:3]]} and Dv (key {shape_of(key)})"
+        )
     if causal and key.shape[1] != length:
         raise ValueError(f"key: got {key.shape[1]} tokens, allowed with causal=True is the query's {length}")
     return query, key, value
@@ -165,7 +171,12 @@ def _check_beta(beta: float | Tensor, query: Tensor, groups: int) -> Tensor:
     if isinstance(beta, (int, float)) and not isinstance(beta, bool):
         if not 0 < beta <= MAX_BETA:
             raise ValueError(f"beta: got {beta}, {allowed}")
-        return torch.full((1,), float(beta), dtype=torch.float64 if query.dtype == torch.float64 else torch.float32, device=query.device)
+        return torch.full(
+            (1,),
+            float(beta),
+            dtype=torch.float64 if query.dtype == torch.float64 else torch.float32,
+            device=query.device,
+        )
     if not isinstance(beta, Tensor):
         raise TypeError(f"beta: got {type(beta).__name__}, {allowed}")
     if not beta.is_floating_point():
@@ -183,7 +194,9 @@ def _check_log_decay(log_decay: Tensor | None, key: Tensor, causal: bool, dtype:
         return None
     is_tensor("log_decay", log_decay)
     if not causal:
-        raise ValueError("log_decay: got a tensor with causal=False, allowed is None there: without order nothing decays")
+        raise ValueError(
+            "log_decay: got a tensor with causal=False, allowed is None there: without order nothing decays"
+        )
     if not log_decay.is_floating_point():
         raise TypeError(f"log_decay: got {log_decay.dtype}, allowed is a floating dtype")
     batch, length, groups, _ = key.shape
@@ -213,7 +226,9 @@ def _check_packing(
             raise ValueError("cu_seqlens_key: got a tensor without cu_seqlens, allowed is both or cu_seqlens alone")
         return None, None
     if query.shape[0] != 1:
-        raise ValueError(f"cu_seqlens: got a query of batch {query.shape[0]}, allowed is 1: packed sequences share a row")
+        raise ValueError(
+            f"cu_seqlens: got a query of batch {query.shape[0]}, allowed is 1: packed sequences share a row"
+        )
     cu_seqlens = _check_offsets("cu_seqlens", cu_seqlens, query)
     if cu_seqlens_key is None or cu_seqlens_key is cu_seqlens:
         if key.shape[1] != query.shape[1]:
@@ -227,7 +242,8 @@ def _check_packing(
     cu_seqlens_key = _check_offsets("cu_seqlens_key", cu_seqlens_key, key)
     if cu_seqlens_key.shape != cu_seqlens.shape:
         raise ValueError(
-            f"cu_seqlens_key: got shape {shape_of(cu_seqlens_key)}, allowed is that of cu_seqlens, {shape_of(cu_seqlens)}"
+            f"cu_seqlens_key: got shape {shape_of(cu_seqlens_key)}, "
+            f"allowed is that of cu_seqlens, {shape_of(cu_seqlens)}"
         )
     return cu_seqlens, cu_seqlens_key
 
@@ -241,7 +257,7 @@ def _check_offsets(name: str, offsets: Tensor, tokens: Tensor) -> Tensor:
     _check_same_device(name, offsets, tokens)
     if values_readable(offsets):
         given: Sequence[int] = offsets.tolist()
-        if given[0] != 0 or given[-1] != tokens.shape[1] or any(b < a for a, b in zip(given, given[1:], strict=False)):
+        if given[0] != 0 or given[-1] != tokens.shape[1] or any(b < a for a, b in pairwise(given)):
             shown = str(given) if len(given) <= 8 else f"[{given[0]}, {given[1]}, ..., {given[-1]}]"
             raise ValueError(f"{name}: got {shown}, allowed rises from 0 to {tokens.shape[1]}, the number of tokens")
     return offsets.to(torch.int64)

@@ -70,7 +70,7 @@ def _orthonormal_rows(rows: Tensor) -> Tensor:
 
 
 def bucket_weights(x: Tensor, hyperplanes: Tensor, beta: Tensor) -> Tensor:
-    """phi of Algorithm 1, step 3, in its factorised form: the soft bucket of every token.
+    """The buckets phi of Algorithm 1, step 3, in its factorised form: the soft bucket of every token.
 
     phi_{l,r}(x) = prod_p (1 + c_{r,p} a_{l,p}(x)) / 2,  a = (1 - FLOOR) tanh(beta tanh(w.x)). The paper has
     FLOOR = 0. A factor is computed as (1 - FLOOR) sigmoid(+-2 beta tanh(w.x)) + FLOOR / 2, which keeps the

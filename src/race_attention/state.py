@@ -6,9 +6,9 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class RaceState:
         TypeError, ValueError: fields whose dtypes or shapes do not belong together.
     """
 
+    FIELDS: ClassVar[tuple[str, ...]] = ("mass", "value_sum", "log_decay", "tokens")
+
     mass: Tensor
     value_sum: Tensor
     log_decay: Tensor
@@ -64,7 +66,7 @@ class RaceState:
                 raise TypeError(f"{name}: got {dtype}, allowed is one of float32 and float64 for all of a state")
         if self.tokens.dtype != torch.int64:
             raise TypeError(f"tokens: got {self.tokens.dtype}, allowed is torch.int64")
-        devices = {str(getattr(self, field.name).device) for field in fields(self)}
+        devices = {str(x.device) for x in self.tensors().values()}
         if len(devices) > 1:
             raise ValueError(f"state: got fields on {sorted(devices)}, allowed is one device")
 
@@ -98,6 +100,7 @@ class RaceState:
 
     @property
     def device(self) -> torch.device:
+        """Where all fields are."""
         return self.mass.device
 
     @property
@@ -165,7 +168,9 @@ class RaceState:
         if index.numel() == 0 and index.dtype != torch.bool:
             index = index.long()
         if index.ndim != 1 or index.is_floating_point() or index.is_complex():
-            raise TypeError(f"rows: got {index.dtype} of shape {list(index.shape)}, allowed is [n] integers or [B] bool")
+            raise TypeError(
+                f"rows: got {index.dtype} of shape {list(index.shape)}, allowed is [n] integers or [B] bool"
+            )
         return self._map(lambda x: x[index])
 
     def save(
@@ -175,12 +180,14 @@ class RaceState:
 
         Args:
             path: of the file; a file already there is replaced only by a whole one.
-            hyperplanes, beta, scale: those that the state was made with, as given to :func:`race_attention`.
+            hyperplanes: [G or 1, L, P, D], those that the state was made with.
+            beta: likewise.
+            scale: likewise.
         """
         from safetensors.torch import save
 
-        tensors = {f.name: getattr(self, f.name).detach().cpu().contiguous() for f in fields(self)}
-        metadata = {"format": _FORMAT, "fingerprint": self._fingerprint(hyperplanes, beta, scale)}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors().items()}
+        metadata = {"format": _FORMAT, "fingerprint": self.fingerprint(hyperplanes, beta, scale)}
         write_atomically(path, save(tensors, metadata))
 
     @classmethod
@@ -200,18 +207,34 @@ class RaceState:
             ValueError: the file is cut short, is no state, or is of another hash (hyperplanes, beta or scale).
         """
         tensors, metadata = read_safetensors(path, _FORMAT)
-        if set(tensors) != {f.name for f in fields(cls)}:
-            raise ValueError(f"{path}: got tensors {sorted(tensors)}, allowed are {[f.name for f in fields(cls)]}")
+        if set(tensors) != set(cls.FIELDS):
+            raise ValueError(f"{path}: got tensors {sorted(tensors)}, allowed are {list(cls.FIELDS)}")
         state = cls(**tensors)
-        expected = state._fingerprint(hyperplanes, beta, scale)
-        if metadata.get("fingerprint") != expected:
-            raise ValueError(
-                f"{path}: got a state of another hash (fingerprint {metadata.get('fingerprint')}), allowed is one made "
-                f"with the given hyperplanes, beta and scale (fingerprint {expected})"
-            )
+        state.check_fingerprint(path, metadata, hyperplanes, beta, scale)
         return state.to(device)
 
-    def _fingerprint(self, hyperplanes: Tensor, beta: float | Tensor, scale: float) -> str:
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    def check_fingerprint(
+        self,
+        path: str | os.PathLike[str],
+        metadata: dict[str, str],
+        hyperplanes: Tensor,
+        beta: float | Tensor,
+        scale: float,
+    ) -> None:
+        """Raises ValueError where a file's metadata name another hash than the given one."""
+        given, expected = metadata.get("fingerprint"), self.fingerprint(hyperplanes, beta, scale)
+        if given != expected:
+            raise ValueError(
+                f"{path}: got a state of another hash (fingerprint {given}), allowed is one made with the given "
+                f"hyperplanes, beta and scale (fingerprint {expected})"
+            )
+
+    def fingerprint(self, hyperplanes: Tensor, beta: float | Tensor, scale: float = 1.0) -> str:
+        """A digest of all that decides in which bucket a token falls: 64 hexadecimal digits."""
         _, groups, tables, buckets = self.mass.shape
         if hyperplanes.ndim != 4 or hyperplanes.shape[0] not in (1, groups) or hyperplanes.shape[1] != tables:
             raise ValueError(
@@ -219,18 +242,14 @@ class RaceState:
             )
         if 2 ** hyperplanes.shape[2] != buckets:
             raise ValueError(f"hyperplanes: got {hyperplanes.shape[2]} planes, allowed is log2({buckets}) of them")
-        return fingerprint(hyperplanes, beta, scale, groups)
+        return _digest(hyperplanes, beta, scale, groups)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> RaceState:
-        return RaceState(*(function(getattr(self, f.name)) for f in fields(self)))
+        return RaceState(**{name: function(x) for name, x in self.tensors().items()})
 
 
-def fingerprint(hyperplanes: Tensor, beta: float | Tensor, scale: float, heads: int) -> str:
-    """A digest of all that decides in which bucket a token falls: 64 hexadecimal digits.
-
-    Equal for equal hashes however they are given: hyperplanes shared or repeated, beta a number or a tensor.
-    All numbers count in float32.
-    """
+def _digest(hyperplanes: Tensor, beta: float | Tensor, scale: float, heads: int) -> str:
+    """Equal for equal hashes however given: hyperplanes shared or repeated, beta a number or a tensor; in float32."""
     planes = hyperplanes.detach().to("cpu", torch.float32)
     betas = torch.as_tensor(beta).detach().to("cpu", torch.float32).reshape(-1)
     digest = hashlib.sha256(f"{FLOOR} {float(torch.tensor(scale, dtype=torch.float32))}".encode())

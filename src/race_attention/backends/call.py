@@ -43,4 +43,5 @@ class Call:
 
     @property
     def rows(self) -> int:
+        """Sequences: the batch, or the packed ones."""
         return self.query.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1

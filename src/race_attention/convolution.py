@@ -1,0 +1,109 @@
+"""The short depthwise convolution over tokens in front of the core, and its state: the last few tokens.
+
+A convolution never reaches across the border of a sequence, and padding does not exist for it: rows are
+compacted first and spread again after, whatever the pattern of the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution without padding.
+
+    Args:
+        x: [B, W - 1 + T, C].
+        weight: [C, W], the last tap for the token itself, those before for earlier tokens.
+
+    Returns:
+        [B, T, C].
+    """
+    taps = weight.shape[1]
+    length = x.shape[1] - taps + 1
+    out = x[:, :length] * weight[:, 0]
+    for tap in range(1, taps):
+        out = torch.addcmul(out, x[:, tap : tap + length], weight[:, tap])
+    return out
+
+
+def centred(x: Tensor, weight: Tensor, valid: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token with its neighbours on both sides (one more before it where W is even): [B, T, C]."""
+    taps = weight.shape[1]
+    after = (taps - 1) // 2
+    if cu_seqlens is not None:
+        spread = _Gaps(cu_seqlens, x.shape[1], taps - 1)
+        wide = spread.insert(x, None)
+        wide = F.pad(wide, (0, 0, 0, after))
+        return convolve(wide, weight)[:, spread.token - (taps - 1) + after]
+    pad = (0, 0, taps - 1 - after, after)
+    if valid is None:
+        return convolve(F.pad(x, pad), weight)
+    order = _compaction(valid)
+    x = _take(x.masked_fill(~valid.unsqueeze(-1), 0), order)
+    return _take(convolve(F.pad(x, pad), weight), order.argsort(dim=1))
+
+
+def causal(
+    x: Tensor, weight: Tensor, tail: Tensor | None, valid: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Each token with those before it, and the tail that a continuation needs.
+
+    Args:
+        x: [B, T, C]; B = 1 with cu_seqlens.
+        weight: [C, W].
+        tail: [rows, W - 1, C], the tokens before; None for none (zeros).
+        valid: [B, T] bool, False for padding, or None.
+        cu_seqlens: [rows + 1] offsets of packed sequences, or None.
+
+    Returns:
+        [B, T, C] and the new tail [rows, W - 1, C].
+    """
+    before = weight.shape[1] - 1
+    if cu_seqlens is not None:
+        spread = _Gaps(cu_seqlens, x.shape[1], before)
+        wide = spread.insert(x, tail)
+        return convolve(wide, weight)[:, spread.token - before], wide[0, spread.tail]
+    if tail is None:
+        tail = x.new_zeros(x.shape[0], before, x.shape[2])
+    if valid is None:
+        wide = torch.cat((tail.to(x.dtype), x), dim=1)
+        return convolve(wide, weight), wide[:, wide.shape[1] - before :]
+    order = _compaction(valid)
+    wide = torch.cat((tail.to(x.dtype), _take(x.masked_fill(~valid.unsqueeze(-1), 0), order)), dim=1)
+    last = valid.sum(1, keepdim=True) + torch.arange(before, device=x.device)
+    return _take(convolve(wide, weight), order.argsort(dim=1)), _take(wide, last)
+
+
+def _compaction(valid: Tensor) -> Tensor:
+    """The order that moves a row's tokens before its padding and keeps theirs: [B, T]."""
+    return (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, t]]: [B, T, C]."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+class _Gaps:
+    """Packed sequences with room for ``size`` tokens before each: places in the widened row."""
+
+    def __init__(self, cu_seqlens: Tensor, length: int, size: int):
+        cu_seqlens = cu_seqlens.to(torch.int64)
+        self.rows, self.size, self.length = cu_seqlens.shape[0] - 1, size, length
+        position = torch.arange(length, device=cu_seqlens.device)
+        row = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+        self.token = position + size * (row + 1)  # [T]
+        gap = torch.arange(size, device=cu_seqlens.device)
+        shift = size * torch.arange(self.rows, device=cu_seqlens.device)
+        self.gap = (cu_seqlens[:-1] + shift).unsqueeze(-1) + gap  # [rows, size]
+        self.tail = (cu_seqlens[1:] + shift).unsqueeze(-1) + gap  # the last `size` places of each sequence
+
+    def insert(self, x: Tensor, tail: Tensor | None) -> Tensor:
+        wide = x.new_zeros(self.length + self.rows * self.size, x.shape[2])
+        wide = wide.index_copy(0, self.token, x[0])
+        if tail is not None:
+            wide = wide.index_copy(0, self.gap.flatten(), tail.flatten(0, 1).to(x.dtype))
+        return wide.unsqueeze(0)

@@ -1,0 +1,444 @@
+"""``RaceAttention``: the layer around the core."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import race_attention
+from .checks import MAX_BETA, check_scale
+from .convolution import causal as causal_convolution
+from .convolution import centred as centred_convolution
+from .features import sample_hyperplanes
+from .layer_state import RaceAttentionState
+from .rotary import rotate
+
+_MIN_BETA = 1e-4
+_DECAYS = ("multiscale", "learned", "per_token")
+
+
+class RaceAttention(nn.Module):
+    """Multi-head RACE Attention (arXiv 2510.04008), to be put where softmax attention was.
+
+    Projections to heads, optionally a short convolution and rotary positions, the core
+    :func:`race_attention`, optionally a norm and gate, the output projection. With every option off this is
+    the paper's layer, except that its scale is 1 (pass ``scale=1.0``); the options go beyond the paper.
+
+    Args:
+        embed_dim: size of a token.
+        num_heads: H, query heads.
+        num_kv_heads: G, key heads; H must be a multiple. Default H.
+        head_dim: D, size of a query or key. Default embed_dim / num_heads.
+        value_dim: Dv, size of a head's value. Default head_dim.
+        tables: L, hash tables; the error of the estimate falls with sqrt(L).
+        planes: P, hyperplanes a table (1 to 10): sharpness. A head's state has L * 2**P * (Dv + 1) numbers.
+        beta: start of the soft buckets' sharpness, in (0, 1e4].
+        learn_beta: trains one beta a key head (its logarithm is the parameter).
+        learn_hyperplanes: trains the hyperplanes, which otherwise are a buffer.
+        hyperplanes_per_head: draws planes for each key head; otherwise one draw serves all.
+        orthogonal: draws the planes of a table orthogonal.
+        scale: multiplies the projections on hyperplanes. Default head_dim ** -0.5, which keeps tanh from
+            saturating for tokens of unit variance.
+        causal: Algorithm 2, and the layer can carry a state; otherwise Algorithm 1.
+        conv_size: taps of a depthwise convolution on queries, keys and values, 0 for none. Causal layers
+            convolve over the past, others over both sides.
+        decay: how old keys fade, causal only. None: not at all. A number in (0, 1]: every state is multiplied
+            by it at each token. "multiscale": fixed, time constants log-spaced from 16 to 2048 tokens over
+            the key heads, the last quarter of them without decay. "learned": one number a key head, trained,
+            starting as "multiscale". "per_token": likewise, plus a linear function of the token.
+        norm_gate: RMS norm of each head's output times silu of a linear function of the token.
+        bias: gives the projections of queries, keys, values and output a bias.
+        dropout: probability with which a key is left out in training, mass and value together, per batch row,
+            key head and token: there is no weight matrix to drop from.
+        rope: base of rotary positions (10_000.0 is usual) applied before hashing, or None. D must be even.
+        seed: of the hyperplanes.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is allowed.
+    """
+
+    hyperplanes: Tensor  # [G or 1, L, P, D]
+    log_beta: Tensor  # [G]
+    fixed_log_decay: Tensor  # [G], where decay is a number or "multiscale"
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        tables: int = 4,
+        planes: int = 4,
+        beta: float = 2.0,
+        learn_beta: bool = True,
+        learn_hyperplanes: bool = False,
+        hyperplanes_per_head: bool = True,
+        orthogonal: bool = False,
+        scale: float | None = None,
+        causal: bool = False,
+        conv_size: int = 0,
+        decay: float | str | None = None,
+        norm_gate: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        rope: float | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.embed_dim, self.num_heads = _size("embed_dim", embed_dim), _size("num_heads", num_heads)
+        self.num_kv_heads = _size("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: got {num_kv_heads}, allowed is a divisor of num_heads = {num_heads}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"embed_dim: got {embed_dim}, allowed is a multiple of num_heads = {num_heads}")
+        self.head_dim = _size("head_dim", embed_dim // num_heads if head_dim is None else head_dim)
+        self.value_dim = _size("value_dim", self.head_dim if value_dim is None else value_dim)
+        self.tables, self.planes = _size("tables", tables), _size("planes", planes, most=10)
+        self.beta_start = _number("beta", beta, 0.0, MAX_BETA)
+        self.learn_beta, self.learn_hyperplanes = learn_beta, learn_hyperplanes
+        self.hyperplanes_per_head, self.orthogonal = hyperplanes_per_head, orthogonal
+        self.scale = check_scale(self.head_dim**-0.5 if scale is None else scale)
+        self.causal, self.conv_size, self.norm_gate = causal, _size("conv_size", conv_size, least=0), norm_gate
+        self.decay = _check_decay(decay, causal)
+        self.dropout = _number("dropout", dropout, -math.inf, 1.0)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: got {dropout}, allowed is in [0, 1)")
+        self.rope = None if rope is None else _number("rope", rope, 0.0, math.inf)
+        if rope is not None and self.head_dim % 2:
+            raise ValueError(f"rope: got {rope} with head_dim = {self.head_dim}, allowed is an even head_dim")
+        self.seed = seed
+        self._make_parameters(bias, {"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
+        groups, queries, keys = self.num_kv_heads, *self._widths[:2]
+        values, out = self._widths[2], self.num_heads * self.value_dim
+        self.q_proj = nn.Linear(self.embed_dim, queries, bias=bias, **factory)
+        self.k_proj = nn.Linear(self.embed_dim, keys, bias=bias, **factory)
+        self.v_proj = nn.Linear(self.embed_dim, values, bias=bias, **factory)
+        self.out_proj = nn.Linear(out, self.embed_dim, bias=bias, **factory)
+        planes = (groups if self.hyperplanes_per_head else 1, self.tables, self.planes, self.head_dim)
+        _register(self, "hyperplanes", torch.empty(planes, **factory), self.learn_hyperplanes)
+        _register(self, "log_beta", torch.empty(groups, **factory), self.learn_beta)
+        if self.conv_size:
+            self.conv_weight = nn.Parameter(torch.empty(sum(self._widths), self.conv_size, **factory))
+        if self.decay in ("learned", "per_token"):
+            self.decay_logit = nn.Parameter(torch.empty(groups, **factory))
+        elif self.decay is not None:
+            self.register_buffer("fixed_log_decay", torch.empty(groups, **factory))
+        if self.decay == "per_token":
+            self.decay_proj = nn.Linear(self.embed_dim, groups, bias=False, **factory)
+        if self.norm_gate:
+            self.norm = nn.RMSNorm(self.value_dim, eps=1e-5, **factory)
+            self.gate_proj = nn.Linear(self.embed_dim, out, bias=False, **factory)
+
+    @property
+    def _widths(self) -> tuple[int, int, int]:
+        """Channels of all heads' queries, keys and values."""
+        groups = self.num_kv_heads
+        return self.num_heads * self.head_dim, groups * self.head_dim, groups * self.value_dim
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew; the hyperplanes are those of ``seed`` again."""
+        for module in self.children():
+            assert isinstance(module, nn.Linear | nn.RMSNorm)
+            module.reset_parameters()
+        heads = self.num_kv_heads if self.hyperplanes_per_head else 1
+        planes = sample_hyperplanes(
+            heads, self.tables, self.planes, self.head_dim, seed=self.seed, orthogonal=self.orthogonal
+        )
+        self.hyperplanes.copy_(planes)
+        self.log_beta.fill_(math.log(self.beta_start))
+        if self.conv_size:
+            bound = self.conv_size**-0.5  # as nn.Conv1d
+            nn.init.uniform_(self.conv_weight, -bound, bound)
+        if self.decay == "per_token":
+            nn.init.normal_(self.decay_proj.weight, std=0.02)
+        if self.decay in ("learned", "per_token"):
+            start = multiscale_log_decay(self.num_kv_heads, longest=2.0**16).exp()
+            self.decay_logit.copy_(torch.logit(start))
+        elif self.decay == "multiscale":
+            self.fixed_log_decay.copy_(multiscale_log_decay(self.num_kv_heads))
+        elif self.decay is not None:
+            self.fixed_log_decay.fill_(math.log(float(self.decay)))
+
+    def beta(self) -> Tensor:
+        """[G], the sharpness of the buckets, within [1e-4, 1e4]."""
+        return (
+            self.log_beta.to(torch.promote_types(self.log_beta.dtype, torch.float32)).exp().clamp(_MIN_BETA, MAX_BETA)
+        )
+
+    def hash(self) -> dict[str, Any]:
+        """hyperplanes, beta and scale: what decides buckets, as ``save`` and ``load`` of states want it."""
+        return {"hyperplanes": self.hyperplanes, "beta": self.beta(), "scale": self.scale}
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: RaceAttentionState | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, RaceAttentionState]:
+        """Attends.
+
+        Args:
+            x: [B, T, embed_dim].
+            context: [B, Tk, embed_dim], where keys and values come from; default x. Not for causal layers.
+            key_padding_mask: [B, Tk] bool, True for padding, as in ``nn.MultiheadAttention``. Padding does not
+                exist for the layer: no key, no decay, no position, no neighbour in the convolution. Outputs
+                at padding are of no meaning.
+            cu_seqlens: [n + 1] offsets of sequences packed in one row (B = 1); states have n rows.
+            state: of what came before, from ``return_state``. A layer that is not causal takes the state's
+                keys as extra keys (without ``conv_size``).
+            return_state: returns the state after x too.
+
+        Returns:
+            [B, T, embed_dim], or a pair of it and a :class:`RaceAttentionState`.
+        """
+        self._check(x, context, key_padding_mask, cu_seqlens, state, return_state)
+        source = x if context is None else context
+        valid = None if key_padding_mask is None else ~key_padding_mask
+        query, key, value = self.q_proj(x), self.k_proj(source), self.v_proj(source)
+        query, key, value, tail = self._convolve(query, key, value, context, valid, cu_seqlens, state)
+        query = query.unflatten(-1, (self.num_heads, self.head_dim))
+        key = key.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        value = value.unflatten(-1, (self.num_kv_heads, self.value_dim))
+        if self.rope is not None:
+            position = _positions(key, valid, cu_seqlens, None if state is None else state.position)
+            key = rotate(key, position, self.rope)
+            query = rotate(query, position if context is None else _positions(query, None, None, None), self.rope)
+        result = race_attention(
+            query,
+            key,
+            value,
+            beta=self.beta(),
+            hyperplanes=self.hyperplanes,
+            scale=self.scale,
+            causal=self.causal,
+            log_decay=self._log_decay(x, valid),
+            key_mask=self._key_mask(key, valid),
+            cu_seqlens=cu_seqlens,
+            initial_state=None if state is None else state.core,
+            return_state=return_state,
+        )
+        out, core = result if isinstance(result, tuple) else (result, None)
+        if self.norm_gate:
+            gate = F.silu(self.gate_proj(x)).unflatten(-1, (self.num_heads, self.value_dim))
+            out = self.norm(out) * gate
+        out = self.out_proj(out.flatten(-2))
+        if core is None:
+            return out
+        return out, RaceAttentionState(core, self._position_after(key, valid, cu_seqlens, state), tail)
+
+    def step(self, x: Tensor, state: RaceAttentionState | None = None) -> tuple[Tensor, RaceAttentionState]:
+        """One token, in time and memory that do not depend on how many came before.
+
+        Args:
+            x: [B, embed_dim], the next token of each row.
+            state: after the tokens so far; None before the first.
+
+        Returns:
+            [B, embed_dim] and the new state; ``state`` itself is left as it was.
+        """
+        if not self.causal:
+            raise ValueError("step: got a layer with causal=False, allowed is a causal one")
+        if x.ndim != 2:
+            raise ValueError(f"x: got shape {list(x.shape)}, allowed is [B, {self.embed_dim}]")
+        out, state = self.forward(x.unsqueeze(1), state=state, return_state=True)
+        return out.squeeze(1), state
+
+    def _convolve(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: Tensor | None,
+        valid: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: RaceAttentionState | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if not self.conv_size:
+            return query, key, value, None
+        if context is not None:
+            weights = self.conv_weight.split(self._widths)
+            query = centred_convolution(query, weights[0], None, None)
+            key, value = (
+                centred_convolution(y, w, valid, None) for y, w in zip((key, value), weights[1:], strict=True)
+            )
+            return query, key, value, None
+        x, tail = torch.cat((query, key, value), dim=-1), None
+        weight = self.conv_weight.to(x.dtype)
+        if self.causal:
+            x, tail = causal_convolution(x, weight, None if state is None else state.conv, valid, cu_seqlens)
+        else:
+            x = centred_convolution(x, weight, valid, cu_seqlens)
+        query, key, value = x.split(self._widths, dim=-1)
+        return query, key, value, tail
+
+    def _log_decay(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
+        """[G] or [B, T, G], 0 at padding."""
+        if self.decay is None:
+            return None
+        if self.decay in ("learned", "per_token"):
+            logit = self.decay_logit.float() if self.decay_logit.dtype != torch.float64 else self.decay_logit
+            if self.decay == "per_token":  # outside autocast: exp over many tokens wants all of the digits
+                with torch.autocast(x.device.type, enabled=False):
+                    logit = logit + F.linear(x.to(logit.dtype), self.decay_proj.weight.to(logit.dtype))
+            log_decay: Tensor = F.logsigmoid(logit)
+        else:
+            log_decay = self.fixed_log_decay
+        if valid is None:
+            return log_decay
+        return log_decay.expand(*valid.shape, -1).masked_fill(~valid.unsqueeze(-1), 0)
+
+    def _key_mask(self, key: Tensor, valid: Tensor | None) -> Tensor | None:
+        """[B, Tk], or [B, Tk, G] where dropout leaves keys out."""
+        if not (self.training and self.dropout):
+            return valid
+        kept = torch.rand(key.shape[:3], device=key.device) >= self.dropout
+        return kept if valid is None else kept & valid.unsqueeze(-1)
+
+    def _position_after(
+        self, key: Tensor, valid: Tensor | None, cu_seqlens: Tensor | None, state: RaceAttentionState | None
+    ) -> Tensor:
+        if cu_seqlens is not None:
+            passed = cu_seqlens.to(torch.int64).diff()
+        elif valid is not None:
+            passed = valid.sum(1)
+        else:
+            passed = torch.full((key.shape[0],), key.shape[1], dtype=torch.int64, device=key.device)
+        return passed if state is None else state.position + passed
+
+    def _check(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: RaceAttentionState | None,
+        return_state: bool,
+    ) -> None:
+        for name, tokens in (("x", x), ("context", context)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.embed_dim):
+                raise ValueError(f"{name}: got shape {list(tokens.shape)}, allowed is [B, T, {self.embed_dim}]")
+        if context is not None:
+            if self.causal or cu_seqlens is not None:
+                why = "a causal layer" if self.causal else "cu_seqlens"
+                raise ValueError(f"context: got a tensor with {why}, allowed is None there")
+            if context.shape[0] != x.shape[0]:
+                raise ValueError(f"context: got batch {context.shape[0]}, allowed is that of x, {x.shape[0]}")
+        source = x if context is None else context
+        if key_padding_mask is not None:
+            if key_padding_mask.dtype != torch.bool:
+                raise TypeError(f"key_padding_mask: got {key_padding_mask.dtype}, allowed is bool (True is padding)")
+            if key_padding_mask.shape != source.shape[:2]:
+                raise ValueError(
+                    f"key_padding_mask: got shape {list(key_padding_mask.shape)}, allowed is {list(source.shape[:2])}"
+                )
+            if cu_seqlens is not None:
+                raise ValueError("key_padding_mask: got a mask with cu_seqlens, allowed is one of them")
+        if self.conv_size and not self.causal and (state is not None or return_state):
+            raise ValueError("state: got one asked for or given, allowed is none for conv_size with causal=False")
+        if state is not None:
+            if not isinstance(state, RaceAttentionState):
+                raise TypeError(f"state: got {type(state).__name__}, allowed is RaceAttentionState")
+            if self.conv_size > 1 and (
+                state.conv is None or state.conv.shape[1:] != (self.conv_size - 1, sum(self._widths))
+            ):
+                given = None if state.conv is None else list(state.conv.shape)
+                raise ValueError(f"state: got conv {given}, allowed is [B, {self.conv_size - 1}, {sum(self._widths)}]")
+
+    def extra_repr(self) -> str:
+        """The settings that are not seen in the submodules."""
+        shown: dict[str, object] = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "tables": self.tables,
+            "planes": self.planes,
+            "scale": round(self.scale, 6),
+            "causal": self.causal,
+        }
+        optional: dict[str, object] = {
+            "conv_size": self.conv_size,
+            "decay": self.decay,
+            "dropout": self.dropout,
+            "rope": self.rope,
+            "learn_hyperplanes": self.learn_hyperplanes,
+            "orthogonal": self.orthogonal,
+        }
+        shown |= {name: value for name, value in optional.items() if value}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def multiscale_log_decay(heads: int, shortest: float = 16.0, longest: float | None = None) -> Tensor:
+    """log_decay [heads] of time constants log-spaced from ``shortest`` to 2048 tokens.
+
+    The last quarter of the heads (none of a single head) do not decay, or have the time constant ``longest``.
+    """
+    steady = max(1, heads // 4) if heads > 1 else 0
+    fading = heads - steady
+    exponent = torch.linspace(math.log2(shortest), 11.0, fading, dtype=torch.float64)
+    last = torch.full((steady,), 0.0 if longest is None else -1.0 / longest, dtype=torch.float64)
+    return torch.cat((-(2.0**-exponent), last))
+
+
+def _positions(x: Tensor, valid: Tensor | None, cu_seqlens: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The position of each token in its own sequence, padding not counted: [B or 1, T]."""
+    index = torch.arange(x.shape[1], device=x.device)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64)
+        row = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
+        start = cu_seqlens[:-1] if offset is None else cu_seqlens[:-1] - offset
+        return (index - start[row]).unsqueeze(0)
+    position = index.unsqueeze(0) if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
+    return position if offset is None else position + offset.unsqueeze(1)
+
+
+def _register(module: nn.Module, name: str, tensor: Tensor, learned: bool) -> None:
+    if learned:
+        module.register_parameter(name, nn.Parameter(tensor))
+    else:
+        module.register_buffer(name, tensor)
+
+
+def _size(name: str, given: int, least: int = 1, most: int | None = None) -> int:
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise TypeError(f"{name}: got {given!r}, allowed is an integer")
+    if given < least or (most is not None and given > most):
+        raise ValueError(f"{name}: got {given}, allowed is {least} " + ("or more" if most is None else f"to {most}"))
+    return given
+
+
+def _number(name: str, given: float, above: float, most: float) -> float:
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{name}: got {given!r}, allowed is a number")
+    if not above < given <= most:
+        raise ValueError(f"{name}: got {given}, allowed is in ({above:g}, {most:g}]")
+    return float(given)
+
+
+def _check_decay(decay: float | str | None, causal: bool) -> float | str | None:
+    if decay is None:
+        return None
+    if not causal:
+        raise ValueError(f"decay: got {decay!r} with causal=False, allowed is None there: without order nothing decays")
+    if isinstance(decay, str):
+        if decay not in _DECAYS:
+            raise ValueError(f"decay: got {decay!r}, allowed is None, a number in (0, 1], or one of {_DECAYS}")
+        return decay
+    return _number("decay", decay, 0.0, 1.0)

@@ -1,0 +1,31 @@
+"""Rotary positions (Su et al., arXiv 2104.09864), applied before hashing.
+
+The hash sees angles, so rotating queries and keys by their positions makes buckets depend on distance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
+    """Rotates pairs (i, i + D/2) of each head by position * base**(-2i/D).
+
+    Args:
+        x: [B, T, H, D], D even.
+        position: [B, T] or [1, T] integers.
+        base: of the wavelengths; 10,000 is usual.
+
+    Returns:
+        [B, T, H, D], x's dtype; angles are computed in float64 (float32 on devices without it), since at
+        position 2**24 a float32 angle is off by a radian.
+    """
+    half = x.shape[-1] // 2
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    frequency = base ** (-torch.arange(half, dtype=wide, device=x.device) / half)
+    angle = (position.to(wide).unsqueeze(-1) * frequency).unsqueeze(2)  # [B, T, 1, D / 2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    left, right = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
