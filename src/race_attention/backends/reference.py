@@ -138,8 +138,7 @@ def _chunk_size(causal: bool, buckets: int) -> int:
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, and 0 with zero gradients where the denominator is 0 (no key is seen)."""
-    seen = denominator > 0
-    return torch.where(seen, numerator / torch.where(seen, denominator, 1), 0)
+    return numerator / torch.where(denominator > 0, denominator, float("inf"))
 
 
 def _position_weight(key: Tensor, decay: Tensor | None) -> Tensor:
