@@ -88,11 +88,11 @@ test-slow: $(STAMPS)/package $(STAMPS)/dev
 	$(PYTEST) $(ARGS)
 
 docs: $(STAMPS)/package $(STAMPS)/docs
-	$(BIN)/python -m mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "The documentation is in site/index.html"
 
 docs-serve: $(STAMPS)/package $(STAMPS)/docs
-	$(BIN)/python -m mkdocs serve $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .

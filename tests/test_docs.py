@@ -1,0 +1,24 @@
+"""The code in the documentation runs: all Python blocks of a page, in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name)
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, namespace = page.read_text(), {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        line = text[: block.start()].count("\n") + 1
+        code = "\n" * line + block[1]  # so that a traceback names the line of the page
+        exec(compile(code, str(page), "exec"), namespace)
+
+
+def test_pages_with_code_were_found():
+    assert any(BLOCK.search(page.read_text()) for page in PAGES)
