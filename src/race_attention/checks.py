@@ -129,7 +129,8 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tu
             raise ValueError(f"{name}: got shape {shape_of(x)}, allowed is at least one head of size 1 or more")
         _check_same_device(name, x, query)
     kind = query.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in {x.dtype for x in tokens.values()}:
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # torch raises for meta, which has none
+    if autocast and torch.float64 not in {x.dtype for x in tokens.values()}:
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in tokens.values())
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:

@@ -152,8 +152,8 @@ class RaceState:
 
     def to(self, *args: Any, **kwargs: Any) -> RaceState:
         """Moves or converts, with the arguments of ``torch.Tensor.to``; tokens stay int64."""
-        moved = self._map(lambda x: x.to(*args, **kwargs) if x.is_floating_point() else x)
-        return RaceState(moved.mass, moved.value_sum, moved.log_decay, self.tokens.to(moved.device))
+        moved = {name: x.to(*args, **kwargs) for name, x in self.tensors().items() if x.is_floating_point()}
+        return RaceState(**moved, tokens=self.tokens.to(moved["mass"].device))
 
     def select(self, rows: Tensor | Sequence[int]) -> RaceState:
         """The given rows in the given order, repeated ones too: beams forked, dropped, reordered.

@@ -43,6 +43,8 @@ def run(call: Call, chunk_size: int | None = None) -> tuple[Tensor, Tensor | Non
         out [B, Tq, H, Dv] in the query's dtype, and the final mass [rows, G, L, R] and value_sum
         [rows, G, L, R, Dv], or None twice where ``call.return_state`` is not set.
     """
+    if call.query.is_meta:  # has no autocast, and torch raises
+        return _run(call, chunk_size)
     with torch.autocast(device_type=call.query.device.type, enabled=False):
         return _run(call, chunk_size)
 
