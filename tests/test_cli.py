@@ -45,7 +45,7 @@ class TestInfo:
         facts = run_json("info")
         assert facts["versions"]["race-attention"] == __version__
         assert facts["devices"]["cpu"]
-        assert set(facts["backends"]) == set(backends.MODULES)
+        assert set(facts["backends"]) == set(backends.NAMES)
         for about in facts["backends"].values():
             for device in facts["devices"]:
                 assert all(reason is None or reason for reason in about["why_not"][device].values())
@@ -126,7 +126,7 @@ class TestBench:
         assert data["ratio_to_copy"] == pytest.approx(data["median_s"] / data["copy_s"])
 
     def test_auto_names_the_backend_that_served(self):
-        assert run_json("bench", *self.SMALL)["backend"] in backends.MODULES
+        assert run_json("bench", *self.SMALL)["backend"] in backends.NAMES
 
     def test_words(self):
         result = run("bench", *self.SMALL)

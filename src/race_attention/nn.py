@@ -151,8 +151,8 @@ class RaceAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew; the hyperplanes are those of ``seed`` again."""
         for module in self.children():
-            assert isinstance(module, nn.Linear | nn.RMSNorm)
-            module.reset_parameters()
+            if isinstance(module, nn.Linear | nn.RMSNorm):  # not what parametrize adds
+                module.reset_parameters()
         heads = self.num_kv_heads if self.hyperplanes_per_head else 1
         planes = sample_hyperplanes(
             heads, self.tables, self.planes, self.head_dim, seed=self.seed, orthogonal=self.orthogonal
@@ -172,6 +172,7 @@ class RaceAttention(nn.Module):
         elif self.decay is not None:
             self.fixed_log_decay.fill_(math.log(float(self.decay)))
 
+    @property
     def beta(self) -> Tensor:
         """[G], the sharpness of the buckets, within [1e-4, 1e4]."""
         return (
@@ -180,7 +181,7 @@ class RaceAttention(nn.Module):
 
     def hash(self) -> dict[str, Any]:
         """hyperplanes, beta and scale: what decides buckets, as ``save`` and ``load`` of states want it."""
-        return {"hyperplanes": self.hyperplanes, "beta": self.beta(), "scale": self.scale}
+        return {"hyperplanes": self.hyperplanes, "beta": self.beta, "scale": self.scale}
 
     def forward(
         self,
@@ -224,7 +225,7 @@ class RaceAttention(nn.Module):
             query,
             key,
             value,
-            beta=self.beta(),
+            beta=self.beta,
             hyperplanes=self.hyperplanes,
             scale=self.scale,
             causal=self.causal,

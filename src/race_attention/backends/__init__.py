@@ -11,16 +11,11 @@ so that the package imports with torch alone, and they never import each other.
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
 from .call import Call
 
-MODULES = {
-    "reference": "race_attention.backends.reference",
-    "cpu": "race_attention.backends.cpu",
-    "triton": "race_attention.backends.triton",
-}
+NAMES = ("reference", "cpu", "triton")
 
 #: device type -> the backend that ``backend="auto"`` asks first there; the reference serves the rest.
 NATIVE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
@@ -32,9 +27,20 @@ def load(name: str) -> ModuleType:
     Raises:
         ValueError: no backend has that name. ImportError: it needs something that is not installed.
     """
-    if name not in MODULES:
-        raise ValueError(f"backend: got {name!r}, allowed are 'auto', " + ", ".join(map(repr, MODULES)))
-    return importlib.import_module(MODULES[name])
+    # Plain imports: torch.compile follows these, and not importlib.
+    if name == "reference":
+        from . import reference
+
+        return reference
+    if name == "cpu":
+        from . import cpu
+
+        return cpu
+    if name == "triton":
+        from . import triton
+
+        return triton
+    raise ValueError(f"backend: got {name!r}, allowed are 'auto', " + ", ".join(map(repr, NAMES)))
 
 
 def why_not(name: str, call: Call) -> str | None:

@@ -43,7 +43,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "devices": places,
-        "backends": {name: _backend(name, places) for name in backends.MODULES},
+        "backends": {name: _backend(name, places) for name in backends.NAMES},
         "auto": {
             device: {short(dtype): _chosen(probe(device, dtype)) for dtype in DTYPES if _exists(device, dtype)}
             for device in places
