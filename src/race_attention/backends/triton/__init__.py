@@ -1,0 +1,63 @@
+"""The Triton backend: forward and backward on a GPU, NVIDIA first, nothing vendor-specific.
+
+    device.py    what the kernels share: tiles, soft buckets and their gradients, decay inside a block
+    states.py    the state of each run of tokens, and the scan over them
+    causal.py, wide.py, full.py    readout and gradients: buckets in one tile, in several, not causal
+    decode.py    one token in place on the state
+    plan.py, configs.py, launch.py, ops.py    runs, configurations, launches, torch operators
+    autotune.py  times configurations and writes the user's own table
+
+Importing this module imports neither Triton nor a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from race_attention.backends.call import Call
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_DIM, MOST_BUCKETS = 256, 1024
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not(call: Call) -> str | None:
+    """The reason the Triton kernels cannot serve a call, or None when they can."""
+    query, value = call.query, call.value
+    tables, planes = call.hyperplanes.shape[1:3]
+    if not _installed():
+        return "triton is not installed"
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the query is on {query.device.type}, allowed is cuda (or any device with TRITON_INTERPRET=1)"
+    if query.dtype not in DTYPES:
+        return f"the query is {query.dtype}, allowed are bfloat16, float16 and float32"
+    if call.readout != "global":
+        return f"readout is {call.readout!r}, allowed is 'global'"
+    for name, size in (("D", query.shape[3]), ("Dv", value.shape[3])):
+        if size > LARGEST_DIM:
+            return f"{name} is {size}, allowed is at most {LARGEST_DIM}"
+    if tables << planes > MOST_BUCKETS:
+        return f"there are {tables << planes} buckets a head, allowed are at most {MOST_BUCKETS}"
+    if call.causal and query.shape[1] != call.key.shape[1]:
+        return "causal needs as many queries as keys"
+    return None
+
+
+def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, mass, value_sum) of a call that :func:`why_not` allows; the states are float64."""
+    from .ops import triton_forward
+
+    out, mass, value_sum, _ = triton_forward(
+        call.query, call.key, call.value, call.hyperplanes, call.beta, call.log_decay, call.key_mask,
+        call.cu_seqlens, call.cu_seqlens_key, call.initial_mass, call.initial_value_sum, call.causal,
+    )  # fmt: skip
+    return out, mass, value_sum

@@ -1,0 +1,107 @@
+"""The table of kernel configurations, by shape class, and the user's own on top of it.
+
+``race-attention autotune`` (:mod:`race_attention.backends.triton.autotune`) times a handful of configurations for a
+shape class on the GPU at hand and writes the best to ``$RACE_ATTENTION_CONFIG``, or ``triton.json`` in the user's
+configuration directory; that file is read when the first kernel is launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+#: Buckets of a tile where a head has too many for one.
+TILE = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is compiled, and the longest run of tokens a program of it owns.
+
+    Attributes:
+        block: C, tokens of a block. warps, stages: Triton's num_warps and num_stages.
+    """
+
+    block: int
+    warps: int
+    stages: int
+
+
+#: Tokens of the longest runs, where a program carries the state from block to block.
+LONGEST_RUN = 1024
+KERNELS = (
+    "accumulate",
+    "causal_readout",
+    "causal_query_gradient",
+    "causal_key_gradient",
+    "full_readout",
+    "full_query_gradient",
+    "full_key_gradient",
+)
+
+
+def widest_tile(dim: int, dtype: torch.dtype) -> int:
+    """The most buckets that one tile holds, and a program's registers with it."""
+    if dtype == torch.bfloat16 and dim <= 128:
+        return 128
+    return 64 if dim <= 128 else 32
+
+
+def config(kernel: str, dim: int, value_dim: int, buckets: int, dtype: torch.dtype) -> Config:
+    """The configuration of a kernel for a shape class; a user's table comes first.
+
+    Args:
+        kernel: one of KERNELS.
+        dim: D padded to a power of two. value_dim: likewise.
+        buckets: of a tile. dtype: of the inputs.
+    """
+    own = _users_table().get(key(kernel, dim, value_dim, buckets, dtype))
+    return own if own is not None else _default(kernel, max(dim, value_dim), buckets, dtype)
+
+
+def key(kernel: str, dim: int, value_dim: int, buckets: int, dtype: torch.dtype) -> str:
+    return f"{kernel} D={dim} Dv={value_dim} S={buckets} {str(dtype).removeprefix('torch.')}"
+
+
+def _default(kernel: str, dim: int, buckets: int, dtype: torch.dtype) -> Config:
+    if dtype == torch.bfloat16:
+        if dim <= 128:
+            return Config(64, 4, 2) if buckets < 128 else Config(64, 8, 2)
+        return Config(32, 8, 1)
+    if dim <= 64:
+        return Config(32, 4, 1)
+    return Config(32, 8, 1) if dim <= 128 else Config(16, 8, 1)
+
+
+def users_path() -> Path:
+    """Where the user's own table is."""
+    given = os.environ.get("RACE_ATTENTION_CONFIG")
+    if given:
+        return Path(given)
+    base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return base / "race-attention" / "triton.json"
+
+
+@functools.cache
+def _users_table() -> dict[str, Config]:
+    path = users_path()
+    if not path.is_file():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))["configs"]
+    return {name: Config(**entry) for name, entry in entries.items()}
+
+
+def write_users_table(entries: dict[str, Config], device: str) -> Path:
+    """Adds entries to the user's table, replacing those of the same shape class."""
+    path = users_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {**_users_table(), **entries}
+    table = {"device": device, "configs": {name: asdict(entry) for name, entry in sorted(merged.items())}}
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    _users_table.cache_clear()
+    return path

@@ -1,0 +1,207 @@
+"""The operators ``race_attention::triton_forward`` and ``triton_backward``: schema, fakes, autograd.
+
+Nothing here imports Triton; the kernels come with the first launch. The forward pass keeps for the backward pass
+its inputs and the state before each run of tokens (causal) or of each row (not), float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """The precision of dots. float16 computes in tf32, which has its mantissa and float32's exponent.
+
+    float32 is float32 unless torch's setting for matrix products allows less.
+    """
+    if dtype == torch.bfloat16:
+        return "bf16"
+    if dtype == torch.float16:
+        return "tf32"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def shape_of(query: Tensor, value: Tensor, hyperplanes: Tensor) -> plan.Shape:
+    return plan.shape_class(
+        int(query.shape[3]),
+        int(value.shape[3]),
+        int(hyperplanes.shape[1]),
+        int(hyperplanes.shape[2]),
+        query.dtype,
+        precision_of(query.dtype),
+    )
+
+
+@torch.library.custom_op("race_attention::triton_forward", mutates_args=())
+def triton_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hyperplanes: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_key: Tensor | None,
+    mass: Tensor | None,
+    value_sum: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, final mass, final value_sum, states kept for the backward pass). Arguments as in ``Call``."""
+    from . import launch
+
+    return launch.forward(
+        query, key, value, hyperplanes, beta, log_decay, key_mask, cu_seqlens, cu_seqlens_key, mass, value_sum, causal
+    )  # fmt: skip
+
+
+@triton_forward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hyperplanes: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_key: Tensor | None,
+    mass: Tensor | None,
+    value_sum: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, queries, heads = query.shape[:3]
+    groups, value_dim = value.shape[2:]
+    tables, planes = hyperplanes.shape[1:3]
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wide = torch.float64
+    return (
+        query.new_empty(batch, queries, heads, value_dim),
+        query.new_empty(rows, groups, tables, 1 << planes, dtype=wide),
+        query.new_empty(rows, groups, tables, 1 << planes, value_dim, dtype=wide),
+        kept_states(query, value, hyperplanes, rows, causal),
+    )
+
+
+def kept_states(query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, causal: bool) -> Tensor:
+    """The buffer for the states that the backward pass needs, [runs or rows, G, S * (Dv + 1)]."""
+    shape = shape_of(query, value, hyperplanes)
+    groups = value.shape[2]
+    count = rows
+    if causal:
+        longest = plan.run_lengths(shape)[1]
+        count = plan.capacity(query.shape[0], query.shape[1], rows, int(groups), longest)
+    return query.new_empty(count, groups, shape.state_size, dtype=torch.float32)
+
+
+@torch.library.custom_op("race_attention::triton_backward", mutates_args=())
+def triton_backward(
+    grad_out: Tensor,
+    grad_mass: Tensor | None,
+    grad_value_sum: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hyperplanes: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_key: Tensor | None,
+    final_mass: Tensor | None,
+    final_value_sum: Tensor | None,
+    states: Tensor,
+    causal: bool,
+    need_planes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (query, key, value, hyperplanes, beta, log_decay, initial mass, initial value_sum).
+
+    Those of hyperplanes (with ``need_planes`` False) and of a log_decay that is None are empty.
+    """
+    from . import launch
+
+    return launch.backward(
+        grad_out, grad_mass, grad_value_sum, query, key, value, hyperplanes, beta, log_decay, key_mask,
+        cu_seqlens, cu_seqlens_key, final_mass, final_value_sum, states, causal, need_planes,
+    )  # fmt: skip
+
+
+@triton_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_mass: Tensor | None,
+    grad_value_sum: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hyperplanes: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_key: Tensor | None,
+    final_mass: Tensor | None,
+    final_value_sum: Tensor | None,
+    states: Tensor,
+    causal: bool,
+    need_planes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tables, planes = hyperplanes.shape[1:3]
+    groups, value_dim = value.shape[2:]
+    nothing = query.new_empty(0, dtype=torch.float32)
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        torch.empty_like(key, memory_format=torch.contiguous_format),
+        torch.empty_like(value, memory_format=torch.contiguous_format),
+        query.new_empty(hyperplanes.shape, dtype=torch.float32) if need_planes else nothing,
+        query.new_empty(beta.shape, dtype=torch.float32),
+        nothing.clone() if log_decay is None else query.new_empty(key.shape[:3], dtype=torch.float32),
+        query.new_empty(rows, groups, tables, 1 << planes, dtype=torch.float64),
+        query.new_empty(rows, groups, tables, 1 << planes, value_dim, dtype=torch.float64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, mass, value_sum, causal = inputs
+    _, final_mass, final_value_sum, states = output
+    final = (final_mass, final_value_sum) if log_decay is not None else (None, None)
+    ctx.save_for_backward(
+        query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, *final, states
+    )  # fmt: skip
+    ctx.causal = causal
+    ctx.initial = None if mass is None else (mass.dtype, value_sum.dtype)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_value_sum: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    query, _, value, _, _, log_decay = ctx.saved_tensors[:6]
+    if grad_out is None:
+        grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
+    need_planes = ctx.needs_input_grad[3]
+    grads = triton_backward(grad_out, grad_mass, grad_value_sum, *ctx.saved_tensors, ctx.causal, need_planes)
+    dq, dk, dv, planes, beta, decay, mass, value_sum = grads
+    return (
+        dq,
+        dk,
+        dv,
+        planes if need_planes else None,
+        beta,
+        None if log_decay is None else decay,
+        None,
+        None,
+        None,
+        None if ctx.initial is None else mass.to(ctx.initial[0]),
+        None if ctx.initial is None else value_sum.to(ctx.initial[1]),
+        None,
+    )
+
+
+triton_forward.register_autograd(_backward, setup_context=_setup_context)

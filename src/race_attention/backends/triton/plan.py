@@ -1,0 +1,166 @@
+"""How a call is cut up: bucket tiles, blocks, runs of tokens. Everything here is by shape class, or in the open.
+
+A *shape class* is what a compiled kernel depends on: D, Dv, tables, planes, dtype. The length of a sequence only
+chooses how many blocks make a run, which the kernels take as an ordinary number.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import configs
+
+#: States of at most this many more runs than long runs need are kept, so that short inputs fill a GPU too.
+EXTRA_RUNS = 512
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and at least ``least``."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape class: the compile-time numbers of its kernels.
+
+    Attributes:
+        tile_tables: LT, tables of a bucket tile. tile_planes: PL, planes whose bit a tile resolves.
+        padded_planes: P2. tiles: NS. lift: buckets are computed times lift**planes.
+        precision: of dots, "bf16", "tf32", "tf32x3" or "ieee".
+    """
+
+    dim: int
+    value_dim: int
+    tables: int
+    planes: int
+    dtype: torch.dtype
+    precision: str
+    tile_tables: int
+    tile_planes: int
+    padded_planes: int
+    tiles: int
+    lift: float
+
+    @property
+    def buckets(self) -> int:
+        return self.tables << self.planes
+
+    @property
+    def state_size(self) -> int:
+        return self.buckets * (self.value_dim + 1)
+
+    @property
+    def narrow(self) -> bool:
+        return self.tiles == 1
+
+    def constants(self, tiles: bool) -> dict[str, object]:
+        """The compile-time arguments that every kernel has; with ``tiles`` also how tiles cut the buckets."""
+        always = {
+            "L": self.tables,
+            "P": self.planes,
+            "D": self.dim,
+            "V": self.value_dim,
+            "DP": power_of_two(self.dim, 16),
+            "VP": power_of_two(self.value_dim, 16),
+            "LT": self.tile_tables,
+            "P2": self.padded_planes,
+            "LIFT": self.lift,
+            "PRECISION": self.precision,
+        }
+        return always | ({"PL": self.tile_planes, "NS": self.tiles} if tiles else {})
+
+    def config(self, kernel: str) -> configs.Config:
+        buckets = self.tile_tables << self.tile_planes
+        return configs.config(
+            kernel, power_of_two(self.dim, 16), power_of_two(self.value_dim, 16), buckets, self.dtype
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def shape_class(dim: int, value_dim: int, tables: int, planes: int, dtype: torch.dtype, precision: str) -> Shape:
+    per_table = 1 << planes
+    widest = configs.widest_tile(power_of_two(max(dim, value_dim), 16), dtype)
+    if power_of_two(tables) * per_table <= widest:
+        tile_tables, tile_planes, tiles = power_of_two(tables, 16 // per_table), planes, 1
+    elif per_table <= configs.TILE:
+        tile_tables, tile_planes = configs.TILE // per_table, planes
+        tiles = -(-tables // tile_tables)
+    else:
+        tile_tables, tile_planes = 1, configs.TILE.bit_length() - 1
+        tiles = tables << (planes - tile_planes)
+    padded_planes = power_of_two(planes, max(2, 16 // tile_tables))
+    # A bucket reaches 2**-14P. Up to P = 6 the product of two is a normal float32; past that both are lifted to
+    # lie around 1: their products stay above 2**-60 for the bucket that decides, and sums below 2**127.
+    lift = 1.0 if planes <= 6 else 16.0
+    return Shape(
+        dim, value_dim, tables, planes, dtype, precision, tile_tables, tile_planes, padded_planes, tiles, lift
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def run_lengths(shape: Shape) -> tuple[int, int]:
+    """The shortest and the longest runs. Where buckets fill several tiles both are one block."""
+    blocks = [shape.config(kernel).block for kernel in configs.KERNELS]
+    if not shape.narrow:
+        return min(blocks), min(blocks)
+    return max(blocks), max(configs.LONGEST_RUN, *blocks)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs that the tokens of a call are cut into.
+
+    Attributes:
+        length: tokens of a run at most. count: runs, of all rows; with packed sequences some may be empty.
+        per_row: runs of a row, where rows have equal lengths. capacity: at least ``count``, and linear in the
+            number of tokens, so that the shape of what is kept for the backward pass needs no guard.
+        table: [count, 4] int64 (row, first token, end, last of its row?) or None. first: [rows + 1] int64 or None.
+    """
+
+    length: int
+    count: int
+    per_row: int
+    capacity: int
+    table: Tensor | None
+    first: Tensor | None
+
+
+def capacity(batch: int, tokens: int, rows: int, groups: int, longest: int) -> int:
+    """Runs to keep room for. Linear in ``tokens // longest``: no branch on a length."""
+    return rows + batch * (tokens // longest) + max(1, EXTRA_RUNS // groups)
+
+
+def runs_of(batch: int, tokens: int, groups: int, shortest: int, longest: int, bounds: Tensor | None) -> Runs:
+    """Cuts tokens into runs of a power of two times ``shortest`` tokens, as short as the capacity allows."""
+    rows = batch if bounds is None else bounds.shape[0] - 1
+    room = capacity(batch, tokens, rows, groups, longest)
+    length = shortest
+    while length < longest and batch * (tokens // length) + rows > room:
+        length *= 2
+    if bounds is None:
+        per_row = -(-tokens // length)
+        return Runs(length, batch * per_row, per_row, room, None, None)
+    count = tokens // length + rows if rows else 0
+    table, first = _packed_table(bounds, length, count)
+    return Runs(length, count, 0, room, table, first)
+
+
+def _packed_table(bounds: Tensor, length: int, count: int) -> tuple[Tensor, Tensor]:
+    """The runs of packed sequences, found on the device: no length ever reaches the host."""
+    rows = bounds.shape[0] - 1
+    per_row = (bounds[1:] - bounds[:-1] + (length - 1)).div(length, rounding_mode="floor")
+    first = torch.zeros_like(bounds)
+    torch.cumsum(per_row, 0, out=first[1:])
+    index = torch.arange(count, device=bounds.device)
+    row = torch.searchsorted(first[1:], index, right=True)
+    alive = row < rows
+    row = row.clamp(max=max(rows - 1, 0))
+    start = bounds[row] + (index - first[row]) * length
+    end = torch.minimum(start + length, bounds[row + 1])
+    last = (index + 1 == first[row + 1]).long()
+    table = torch.stack((row, start, end, last), dim=1)
+    return torch.where(alive[:, None], table, 0).contiguous(), first

@@ -1,0 +1,161 @@
+"""The states of runs of tokens, and the scan over them: the first two of the three verbs.
+
+A state is ``S * V`` value sums and then ``S`` masses, float32, at ``(run * G + head) * S * (V + 1)``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import (
+    buckets,
+    dot,
+    keys_inside,
+    load_decay,
+    load_planes,
+    load_rows,
+    operand,
+    project,
+    run_bounds,
+    split_planes,
+    store_state,
+)
+
+NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "kb", "kt", "kh", "vb", "vt", "vh", "mb", "mt", "mh", "gb", "gt", "gh"]
+
+
+@triton.jit(do_not_specialize=NEVER_SPECIALIZED)
+def accumulate_kernel(
+    key, value, key_mask, log_decay, planes, beta, table, states, totals,
+    kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
+    mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, PL: tl.constexpr, C: tl.constexpr,
+    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+):  # fmt: skip
+    """The state that each run of keys alone leaves (programs: runs * G, bucket tiles), and its total log decay."""
+    S: tl.constexpr = L << P
+    SP: tl.constexpr = LT << PL
+    run = tl.program_id(0) // G
+    head = tl.program_id(0) - run * G
+    tile = tl.program_id(1)
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    key += batch * kb + head * kh
+    value += batch * vb + head * vh
+    key_mask += batch * mb + head * mh
+    log_decay += batch * gb + head * gh
+    b = tl.load(beta + head)
+    w = load_planes(planes, head, tile, L, D, DP, P, LT, P2, PL)
+
+    value_sum = tl.zeros([SP, VP], tl.float32)
+    mass = tl.zeros([SP], tl.float32)
+    total = tl.zeros([], tl.float64)
+    for t in range(start, end, C):
+        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
+        k = operand(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), PRECISION)
+        v = operand(load_rows(value, vt, t, inside, C, V, VP, ALIGNED), PRECISION)
+        phi = buckets(split_planes(project(k, w, PRECISION), C, LT, P2), b, tile, L, C, P, LT, PL, LIFT)
+        phi = tl.where(inside[:, None], phi, 0.0)
+        if HAS_DECAY:
+            whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
+            phi *= tl.exp((all_whole - whole) + (all_part - part))[:, None]
+            kept = tl.exp(all_whole + all_part)
+            value_sum *= kept
+            mass *= kept
+            total += all_whole.to(tl.float64) + all_part.to(tl.float64)
+        phi = operand(phi, PRECISION)
+        value_sum += dot(tl.trans(phi), v, PRECISION)
+        mass += tl.sum(phi.to(tl.float32), 0)  # of the rounded weights: mass and value_sum stay consistent
+    base = states + (run.to(tl.int64) * G + head) * (S * (V + 1))
+    store_state(base, tile, value_sum, mass, S, SP, V, VP)
+    if HAS_DECAY:
+        if tile == 0:
+            tl.store(totals + run.to(tl.int64) * G + head, total)
+
+
+@triton.jit
+def _then(kept_a, sum_a, kept_b, sum_b):
+    """Run a followed by run b: kept_b * (kept_a * x + sum_a) + sum_b."""
+    return kept_a * kept_b, sum_a * kept_b + sum_b
+
+
+@triton.jit(do_not_specialize=["G", "SHARE", "NC", "scale"])
+def scan_kernel(
+    states, before, totals, first_run, mass_in, value_sum_in, mass_out, value_sum_out,
+    scale, G: tl.int64, SHARE: tl.int64, NC: tl.int64,
+    S: tl.constexpr, V: tl.constexpr, RT: tl.constexpr, E: tl.constexpr,
+    CAUSAL: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
+    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr,
+):  # fmt: skip
+    """The state before each run and after the last, in float64 (programs: rows * G, parts of a state).
+
+    ``states`` has SHARE states for each of ``before``, added first. The two are different buffers.
+    CAUSAL writes the state before each run, else the sum of all runs of a row. REVERSE runs from the last run to the
+    first: the adjoints. ``scale`` multiplies what comes in and divides what goes out.
+    """
+    row = tl.program_id(0) // G
+    head = tl.program_id(0) - row * G
+    e = tl.program_id(1) * E + tl.arange(0, E)
+    size: tl.constexpr = S * (V + 1)
+    here = e < size
+    is_sum = e < S * V
+    at = (row.to(tl.int64) * G + head) * (S * V) + e
+    at_mass = (row.to(tl.int64) * G + head) * S + (e - S * V)
+    if PACKED:
+        first = tl.load(first_run + row)
+        count = tl.load(first_run + row + 1) - first
+    else:
+        first = row.to(tl.int64) * NC
+        count = NC
+    carry = tl.zeros([E], tl.float64)
+    if HAS_IN:
+        carry += tl.load(value_sum_in + at, mask=is_sum, other=0.0).to(tl.float64) * scale
+        carry += tl.load(mass_in + at_mass, mask=here & (e >= S * V), other=0.0).to(tl.float64) * scale
+    i = tl.arange(0, RT)
+    if CAUSAL:
+        very_first = first + (count - 1 if REVERSE else 0)
+        tl.store(before + (very_first * G + head) * size + e, carry.to(tl.float32), mask=here & (e * 0 < count))
+    for r in range(0, count, RT):
+        run = first + (count - 1 - r - i if REVERSE else r + i)
+        inside = (r + i < count)[:, None] & here[None, :]
+        x = tl.zeros([RT, E], tl.float64)
+        for share in range(SHARE):
+            source = states + ((run * G + head) * SHARE + share)[:, None] * size + e[None, :]
+            x += tl.load(source, mask=inside, other=0.0).to(tl.float64)
+        kept = tl.full([RT, E], 1.0, tl.float64)
+        if HAS_DECAY:
+            log_kept = tl.load(totals + run * G + head, mask=r + i < count, other=0.0)
+            kept = tl.exp(log_kept)[:, None] * kept
+        all_kept, all_sum = tl.associative_scan((kept, x), 0, _then)
+        after = all_kept * carry[None, :] + all_sum
+        if CAUSAL:  # the state after a run is the state before the next: written one run further on
+            next_run = run + (-1 if REVERSE else 1)
+            target = before + (next_run * G + head)[:, None] * size + e[None, :]
+            tl.store(target, after.to(tl.float32), mask=inside & (r + i + 1 < count)[:, None])
+        carry = tl.sum(tl.where((i == RT - 1)[:, None], after, 0.0), 0)
+    if not CAUSAL:
+        tl.store(before + (row.to(tl.int64) * G + head) * size + e, carry.to(tl.float32), mask=here)
+    if HAS_OUT:
+        tl.store(value_sum_out + at, carry / scale, mask=is_sum)
+        tl.store(mass_out + at_mass, carry / scale, mask=here & (e >= S * V))
+
+
+@triton.jit(do_not_specialize=["gb", "gt", "gh", "T", "RUN", "NC", "G"])
+def total_decay_kernel(
+    log_decay, table, totals,
+    gb: tl.int64, gt: tl.int64, gh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The total log decay of each run in float64, [runs, G] (programs: runs * G)."""
+    run = tl.program_id(0) // G
+    head = tl.program_id(0) - run * G
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    log_decay += batch * gb + head * gh
+    total = tl.zeros([], tl.float64)
+    for t in range(start, end, C):
+        whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
+        total += all_whole.to(tl.float64) + all_part.to(tl.float64)
+    tl.store(totals + run.to(tl.int64) * G + head, total)
