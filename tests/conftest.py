@@ -9,8 +9,9 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+EXAMPLES = int(os.environ.get("RACE_ATTENTION_EXAMPLES", "40"))  # more of them look further
 hypothesis.settings.register_profile(
-    "deterministic", derandomize=True, deadline=None, database=None, max_examples=40, print_blob=True
+    "deterministic", derandomize=True, deadline=None, database=None, max_examples=EXAMPLES, print_blob=True
 )
 hypothesis.settings.load_profile("deterministic")
 

@@ -82,7 +82,7 @@ def oracle(
         raise ValueError("log_decay: got a tensor with causal=False, allowed with causal=True only")
     batch, keys, groups = key.shape[:3]
     planes_GLPD = (scale * hyperplanes.to(torch.float64)).expand(groups, -1, -1, -1)
-    beta_G = torch.as_tensor(beta, device=key.device).to(torch.float64).expand(groups)
+    beta_G = torch.as_tensor(beta, dtype=torch.float64, device=key.device).expand(groups)
     seen_BKG = torch.ones(batch, keys, groups, dtype=torch.bool, device=key.device)
     if key_mask is not None:
         seen_BKG = seen_BKG & (key_mask if key_mask.ndim == 3 else key_mask[..., None])
@@ -115,10 +115,21 @@ def oracle(
             sums.append(value_sum)
             totals.append(decay_BKG[:, keys_here].sum(1))
             counts.append(seen_BKG[:, keys_here].any(-1).sum(1))
-    out = torch.cat(outs, dim=1) if outs else query.new_zeros(1, 0, query.shape[2], value.shape[3]).to(torch.float64)
+    if not outs:  # no sequences at all
+        outs = [query[..., :1].to(torch.float64).expand(-1, -1, -1, value.shape[3])]
+    out = torch.cat(outs, dim=1)
     if not return_state:
         return out
-    return out, _state(masses, sums, totals, counts, initial_state)
+    mass, value_sum, log_decay, tokens = (
+        torch.cat(x) if x else _no_rows(name, hyperplanes, value)
+        for name, x in (("mass", masses), ("value_sum", sums), ("log_decay", totals), ("tokens", counts))
+    )
+    if initial_state is not None:
+        log_decay = log_decay + initial_state.log_decay.to(torch.float64)
+        tokens = tokens + initial_state.tokens
+    from race_attention.state import RaceState
+
+    return out, RaceState(mass=mass, value_sum=value_sum, log_decay=log_decay, tokens=tokens)
 
 
 class _Run:
@@ -253,16 +264,13 @@ def _runs(cu_seqlens: Tensor | None, cu_seqlens_key: Tensor | None) -> list[tupl
     return [(slice(*ends), slice(*key_ends)) for ends, key_ends in pairs]
 
 
-def _state(
-    masses: list[Tensor], sums: list[Tensor], totals: list[Tensor], counts: list[Tensor], before: RaceState | None
-) -> RaceState:
-    from race_attention.state import RaceState
-
-    log_decay, tokens = torch.cat(totals), torch.cat(counts)
-    if before is not None:
-        log_decay = log_decay + before.log_decay.to(torch.float64)
-        tokens = tokens + before.tokens
-    return RaceState(mass=torch.cat(masses), value_sum=torch.cat(sums), log_decay=log_decay, tokens=tokens)
+def _no_rows(name: str, hyperplanes: Tensor, value: Tensor) -> Tensor:
+    """A field of the state of no sequences."""
+    tables, planes = hyperplanes.shape[1:3]
+    groups, value_dim = value.shape[2:]
+    shape = {"mass": (0, groups, tables, 2**planes), "log_decay": (0, groups), "tokens": (0,)}
+    shape["value_sum"] = (*shape["mass"], value_dim)
+    return value.new_zeros(shape[name], dtype=torch.int64 if name == "tokens" else torch.float64)
 
 
 # ---------------------------------------------------------------------------------------- the paper's form
@@ -291,7 +299,7 @@ def softmax_buckets(x: Tensor, hyperplanes: Tensor, beta: Tensor | float, scale:
     planes = (scale * hyperplanes.to(torch.float64)).expand(groups, -1, -1, -1)
     soft_sign = torch.einsum("...gd,glpd->...glp", x.to(torch.float64), planes).tanh()
     logits = torch.einsum("...glp,rp->...glr", soft_sign, corners(planes.shape[2]).to(x.device))
-    sharpness = torch.as_tensor(beta, device=x.device).to(torch.float64).expand(groups)
+    sharpness = torch.as_tensor(beta, dtype=torch.float64, device=x.device).expand(groups)
     return torch.softmax(sharpness[:, None, None] * logits, dim=-1)
 
 
