@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ from experiments.models.lm import DecoderLM, generate
 from experiments.ngrams import NgramBits, ngram_bits
 from experiments.report import machine, read_metrics
 from experiments.train import TrainConfig, Trainer
+from race_attention import BackendWarning
 
 PROMPT = b'import os\n\n\nclass Path:\n    """'
 
@@ -78,7 +81,8 @@ class DemoConfig:
 def smoke(config: DemoConfig) -> DemoConfig:
     """The same job in seconds, to see that it runs."""
     model = dataclasses.replace(config.train.model, dim=32, layers=1)
-    train = dataclasses.replace(config.train, model=model, context=2048, seconds=3.0, eval_every=50)
+    sizes: dict[str, Any] = {"context": 2048, "seconds": None, "steps": 16, "eval_every": 8}
+    train = dataclasses.replace(config.train, model=model, **sizes)
     return DemoConfig(train, (256, 512, 1024), 1.0, 2, 40)
 
 
@@ -89,6 +93,7 @@ class Results:
     machine: dict[str, Any]
     config: dict[str, Any]
     parameters: int
+    backend: str
     data: dict[str, Any]
     ngrams: NgramBits
     training: dict[str, Any]
@@ -126,9 +131,12 @@ def run(config: DemoConfig, folder: Path, say: Console) -> Results:
     parameters = count_parameters(trainer.model)
     say.print(
         f"[bold]Training[/] {parameters:,} parameters on {len(text.train):,} bytes of {text.source}\n"
-        f"  context {train.context:,} bytes in one piece, for {train.seconds:.0f} s "
-        f"on {torch.get_num_threads()} threads, {trainer.device}"
+        f"  context {train.context:,} bytes in one piece, for "
+        + (f"{train.seconds:.0f} s" if train.seconds else f"{train.steps} steps")
+        + f" on {torch.get_num_threads()} threads, {trainer.device}"
     )
+    backend = backend_in_use(trainer)
+    say.print(f"  {backend}", highlight=False)
     training = trainer.run(fresh=True)
     lap("training")
     say.print("[bold]Measuring[/] held-out loss by position")
@@ -144,6 +152,7 @@ def run(config: DemoConfig, folder: Path, say: Console) -> Results:
         machine=machine(),
         config=dataclasses.asdict(config),
         parameters=parameters,
+        backend=backend,
         data={"source": text.source, "sha256": text.sha256, "train": len(text.train), "held out": len(text.valid)},
         ngrams=ngrams,
         training=training,
@@ -165,14 +174,26 @@ def run(config: DemoConfig, folder: Path, say: Console) -> Results:
     return results
 
 
+def backend_in_use(trainer: Trainer) -> str:
+    """Which implementation serves the model, in words; and keeps it from being said again."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BackendWarning)
+        with torch.no_grad():
+            trainer.model(torch.zeros(1, 64, dtype=torch.int64, device=trainer.device))
+    warnings.simplefilter("ignore", BackendWarning)
+    said = [str(w.message) for w in caught if issubclass(w.category, BackendWarning)]
+    return said[0] if said else f"race_attention: the native backend of {trainer.device.type} serves it"
+
+
 def time_layers(config: DemoConfig, device: torch.device) -> tuple[dict[int, float], dict[int, float]]:
     """Seconds of one causal layer of the model's size, forward and backward, with RACE and with softmax."""
     model = config.train.model
     layers = []
-    for name, options in ((model.mixer, model.mixer_options), ("softmax", {"rope": 10000.0})):
+    choices = ((model.mixer, model.mixer_options, math.inf), ("softmax", {"rope": 10000.0}, config.limit))
+    for name, options, limit in choices:
         longest = max(config.lengths)
         made = make_mixer(name, model.dim, model.heads, causal=True, max_length=longest, options=options)
-        layers.append(layer_times(made.to(device), model.dim, config.lengths, limit=config.limit))
+        layers.append(layer_times(made.to(device), model.dim, config.lengths, limit=limit))
     return layers[0], layers[1]
 
 

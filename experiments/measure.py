@@ -110,6 +110,7 @@ def layer_times(
         length -> seconds, for those that were run.
     """
     device = next(layer.parameters()).device
+    layer(torch.zeros(1, lengths[0], dim, device=device)).sum().backward()  # compiles, loads, allocates
     seconds: dict[int, float] = {}
     for length in lengths:
         if len(seconds) > 1:

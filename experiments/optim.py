@@ -13,7 +13,8 @@ UNDECAYED = ("norm", "beta", "decay", "hyperplanes", "embedding", "positions", "
 
 def make_adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101); decays matrices only, never norms, beta or hash planes."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             owner, _, own = name.rpartition(".")

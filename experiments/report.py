@@ -100,7 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
-        except ValueError:  # noqa: PERF203
+        except ValueError:
             break
     return records
 

@@ -30,6 +30,7 @@ from experiments.optim import lr_factor, make_adamw
 from experiments.report import Bar, Metrics, machine
 
 BITS = 1 / math.log(2)  # bits of a nat
+PROGRESS = ("step", "seconds", "windows", "bytes")  # how far a run is
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class TrainConfig:
         model: sizes and mixer.
         data: "stdlib", "novels", "shakespeare" or "file:PATH".
         data_dir: folder of local data; default the environment variable RACE_DATA_DIR.
-        context: bytes a window.
+        context: bytes a window, predicted in one piece.
+        grow_from, grow_until: with grow_from, windows begin at so many bytes and double in equal parts of the
+            run up to ``context``, which they have from the fraction ``grow_until`` of the run on (Li et al.
+            2022, arXiv 2108.06084): many cheap steps first.
         batch: windows a step.
         steps: optimiser steps; or None with ``seconds``.
         seconds: trains for so long instead, with the learning rate following the clock.
@@ -61,6 +65,8 @@ class TrainConfig:
     data: str = "stdlib"
     data_dir: str | None = None
     context: int = 1024
+    grow_from: int | None = None
+    grow_until: float = 0.5
     batch: int = 8
     steps: int | None = 1000
     seconds: float | None = None
@@ -93,7 +99,9 @@ class TrainConfig:
         for name in ("lr", "clip"):
             check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
-        for name in ("lr_floor", "warmup"):
+        grows = self.grow_from is None or 1 <= self.grow_from <= self.context
+        check(grows, "grow_from", self.grow_from, f"between 1 and context, {self.context}")
+        for name in ("lr_floor", "warmup", "grow_until"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
@@ -124,9 +132,11 @@ class Trainer:
         self.model = DecoderLM(config.model, seed=config.seed).to(self.device)
         betas = (config.beta1, config.beta2)
         self.optimiser = make_adamw(self.model, lr=config.lr, weight_decay=config.weight_decay, betas=betas)
-        self.sampler = WindowSampler(self.text.train.to(self.device), config.context, config.seed)
+        self.data = self.text.train.to(self.device)
+        self.sampler = WindowSampler(self.data, config.context, config.seed)
         self.folder = Path(config.out)
-        self.step, self.seconds, self.windows = 0, 0.0, 0  # done so far, over all parts of the run
+        # done so far, over all parts of the run
+        self.step, self.seconds, self.windows, self.bytes = 0, 0.0, 0, 0
         self._pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
 
     def autocast(self) -> torch.autocast:
@@ -141,14 +151,24 @@ class Trainer:
         assert self.config.seconds is not None
         return min(1.0, self.seconds / self.config.seconds)
 
+    def window_length(self) -> int:
+        """Bytes a window at this point of the run."""
+        config = self.config
+        if config.grow_from is None or self.fraction >= config.grow_until:
+            return config.context
+        doublings = math.ceil(math.log2(config.context / config.grow_from))
+        return min(config.context, config.grow_from * 2 ** int(doublings * self.fraction / config.grow_until))
+
     def train_step(self) -> tuple[Tensor, Tensor, float]:
         """One optimiser step: the loss and the gradient's norm, still on the device, and the learning rate."""
         config = self.config
-        ahead = 1 / config.steps if config.steps else self.seconds / max(1, self.step) / (config.seconds or 1)
-        lr = config.lr * lr_factor(min(1.0, self.fraction + max(ahead, 1e-3)), config.warmup, config.lr_floor)
+        ahead = 1 / config.steps if config.steps else 1e-2  # so that the first step has a rate above 0
+        lr = config.lr * lr_factor(min(1.0, self.fraction + ahead), config.warmup, config.lr_floor)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.model.train()
+        if self.sampler.context != (length := self.window_length()):
+            self.sampler = WindowSampler(self.data, length, config.seed)
         inputs, targets = self.sampler.batch(self.windows, config.batch)
         with self.autocast():
             loss = window_loss(self.model, inputs, targets)
@@ -158,6 +178,7 @@ class Trainer:
         self.optimiser.step()
         self.step += 1
         self.windows += config.batch
+        self.bytes += inputs.numel()
         return loss.detach(), norm.detach(), lr
 
     @torch.no_grad()
@@ -192,18 +213,19 @@ class Trainer:
                     held_out = self._advance(metrics, bar, held_out)
         finally:
             metrics.close()
-        return {"valid_bits": held_out, "steps": self.step, "seconds": self.seconds, "windows": self.windows}
+        totals = {"steps": self.step, "seconds": self.seconds, "windows": self.windows, "bytes": self.bytes}
+        return {"valid_bits": held_out} | totals
 
     def _advance(self, metrics: Metrics, bar: Bar, held_out: float) -> float:
         """A step and what is due after it; returns the latest held-out loss."""
         config, start = self.config, time.monotonic()
         loss, norm, lr = self.train_step()
-        self._pending.append(({"step": self.step, "lr": lr}, loss, norm))
+        self._pending.append(({"step": self.step, "lr": lr, "bytes": self.bytes}, loss, norm))
         over = config.steps is not None and self.step >= config.steps
         if self.step % config.log_every == 0 or over or config.seconds is not None:
             bits = self._flush(metrics, start)
             left = self.seconds / max(self.fraction, 1e-9) * (1 - self.fraction)
-            speed = self.windows * config.context / max(self.seconds, 1e-9)
+            speed = self.bytes / max(self.seconds, 1e-9)
             bar.update(self.fraction, left, bits_per_byte=f"{bits:.3f}", tokens_per_second=f"{speed:,.0f}")
         else:
             self.seconds += time.monotonic() - start
@@ -220,11 +242,10 @@ class Trainer:
         losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()  # waits for the device
         norms = torch.stack([norm for _, _, norm in self._pending]).tolist()
         self.seconds += time.monotonic() - start
-        bytes_seen = self.config.batch * self.config.context
         for (record, _, _), loss, norm in zip(self._pending, losses, norms, strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(f"step {record['step']}: the loss is {loss}; lower lr or clip")
-            record |= {"bits": loss * BITS, "grad_norm": norm, "bytes": record["step"] * bytes_seen}
+            record |= {"bits": loss * BITS, "grad_norm": norm}
             metrics.write(record | {"seconds": self.seconds})
         self._pending.clear()
         return losses[-1] * BITS
@@ -242,14 +263,15 @@ class Trainer:
             if state.exists():
                 progress = checkpoint.load(state, self.model, self.optimiser)
                 check(progress["data"] == self.text.sha256, "data", self.text.sha256, f"the run's, {progress['data']}")
-                self.step, self.seconds, self.windows = (progress[k] for k in ("step", "seconds", "windows"))
+                for name in PROGRESS:
+                    setattr(self, name, progress[name])
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state.unlink(missing_ok=True)
         saved.write_text(json.dumps({"config": mine, "machine": machine()}, indent=2) + "\n")
 
     def _save(self) -> None:
-        progress = {"step": self.step, "seconds": self.seconds, "windows": self.windows, "data": self.text.sha256}
+        progress = {name: getattr(self, name) for name in PROGRESS} | {"data": self.text.sha256}
         checkpoint.save(self.folder / "checkpoint.safetensors", self.model, self.optimiser, progress)
 
 

@@ -1,6 +1,7 @@
 """Training: exact resume, kills, data, statistics of n-grams."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -84,6 +85,18 @@ def test_resumed_run_has_bitwise_the_losses_of_an_uninterrupted_one(tmp_path, te
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, parts.model.state_dict()[name]), name
+
+
+def test_growing_windows_double_up_to_the_context_and_resume_exactly(tmp_path, text):
+    grown = {"grow_from": 5, "grow_until": 0.75, "steps": 8, "checkpoint_every": 1, "eval_every": 0}
+    whole = trainer(tmp_path / "whole", text, **grown)
+    whole.run()
+    amounts = [r["bytes"] for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "bytes" in r]
+    lengths = [(b - a) // 2 for a, b in itertools.pairwise([0, *amounts])]
+    assert lengths == [5, 5, 10, 10, 20, 20, 32, 32]
+    stop_at(trainer(tmp_path / "parts", text, **grown), 4)
+    trainer(tmp_path / "parts", text, **grown).run(resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_grouped_logging_writes_the_same_losses(tmp_path, text):
@@ -183,6 +196,7 @@ def test_tensorboard_mirrors_the_metrics(tmp_path, text):
     [
         ({"steps": None}, "steps: got None"),
         ({"seconds": 3.0}, "steps: got 8"),
+        ({"grow_from": 64}, "grow_from: got 64, allowed is between 1 and context, 32"),
         ({"batch": 0}, "batch: got 0, allowed is 1 or more"),
         ({"precision": "half"}, "precision: got 'half'"),
         ({"lr": -1.0}, "lr: got -1.0, allowed is above 0"),

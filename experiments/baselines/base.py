@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +53,12 @@ class ProjectedMixer(nn.Module):
         """The method itself: [B, T, H, D] each, ``key_mask`` [B, T] True where a key takes part -> [B, T, H, D]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, key_padding_mask: Tensor | None = None, state: Any = None, return_state: bool = False
+    ) -> Any:
+        """The mixer's call, as :mod:`experiments.baselines` states it."""
+        if state is not None or return_state:
+            raise ValueError(f"state: {type(self).__name__} keeps none, allowed is a mixer with recurrent = True")
         query, key, value = self.project(x)
         mask = None if key_padding_mask is None else ~key_padding_mask
         return self.out(self.attend(query, key, value, mask).flatten(-2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +36,8 @@ class SoftmaxMixer(ProjectedMixer):
         key_padding_mask: Tensor | None = None,
         state: tuple[Tensor, Tensor] | None = None,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> Any:
+        """As every mixer; the state is keys and values so far, [B, T, H, D] each."""
         if state is None and not return_state:
             return super().forward(x, key_padding_mask=key_padding_mask)
         if not self.causal or key_padding_mask is not None:
@@ -45,7 +48,7 @@ class SoftmaxMixer(ProjectedMixer):
             key, value = torch.cat((state[0], key), dim=1), torch.cat((state[1], value), dim=1)
         length = key.shape[1]
         seen = torch.ones(length - before, length, dtype=torch.bool, device=x.device).tril(before)
-        heads_first = (y.transpose(1, 2) for y in (query, key, value))
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
+        query, key_hf, value_hf = (y.transpose(1, 2) for y in (query, key, value))  # [B, H, T, D]
+        out = F.scaled_dot_product_attention(query, key_hf, value_hf, attn_mask=seen).transpose(1, 2)
         result = self.out(out.flatten(-2))
         return (result, (key, value)) if return_state else result

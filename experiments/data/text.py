@@ -87,7 +87,8 @@ def load_stdlib(data_dir: Path | None = None, *, root: Path | None = None) -> Te
             f"data 'stdlib': {where} holds {len(files)} Python files, too few to train on (a stripped Python?). "
             "Use a full Python, or another text with data=file:PATH"
         )
-    train, valid = [], []
+    train: list[bytes] = []
+    valid: list[bytes] = []
     for index, path in enumerate(files):
         (valid if index % 20 == 10 else train).append(path.read_bytes())
     return _text("stdlib", b"".join(train), b"".join(valid), str(root or sysconfig.get_path("stdlib")))
@@ -145,8 +146,8 @@ def _text(name: str, train: bytes, valid: bytes, source: str) -> Text:
     if len(train) < 2 or len(valid) < 2:
         raise ValueError(f"data {name!r}: got {len(train)} bytes to train on and {len(valid)} held out")
     digest = hashlib.sha256(train + valid).hexdigest()
-    as_tensor = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, valid))
-    return Text(name, *as_tensor, source, digest)
+    as_tensor = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, valid)]
+    return Text(name, as_tensor[0], as_tensor[1], source, digest)
 
 
 class WindowSampler:

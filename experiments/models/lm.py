@@ -28,6 +28,9 @@ class DecoderLM(nn.Module):
         seed: of the weights and of the mixers' random features.
     """
 
+    positions: nn.Embedding | None
+    head: nn.Linear | None
+
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -38,9 +41,10 @@ class DecoderLM(nn.Module):
             self.positions = nn.Embedding(config.max_length, config.dim) if learned else None
             self.blocks = nn.ModuleList(Block(config, causal=True, layer=i, seed=seed) for i in range(config.layers))
             self.norm = make_norm(config)
-            self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab, bias=False)
+            tied = config.tie_embeddings
+            self.head = None if tied else nn.Linear(config.dim, config.vocab, bias=False)
             init_weights(self, config.layers)
-            if config.tie_embeddings:  # unit logits at the start
+            if tied:  # unit logits at the start
                 nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
             if self.positions is not None:
                 nn.init.normal_(self.positions.weight, std=0.02)
@@ -76,6 +80,7 @@ class DecoderLM(nn.Module):
         x = self._embed(tokens, state.tokens)
         layers = []
         for block, before in zip(self.blocks, state.layers, strict=True):
+            assert isinstance(block, Block)
             x, after = block.step(x, before)
             layers.append(after)
         return self._logits(x), LMState(layers, state.tokens + tokens.shape[1])
