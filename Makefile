@@ -10,6 +10,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # the stamps share one environment
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 PYTHON ?= python3
 VENV := .venv

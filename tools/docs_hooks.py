@@ -1,16 +1,21 @@
-"""What MkDocs does beyond its plugins: equations as MathML, and the roles of docstrings.
+"""What MkDocs does beyond its plugins: equations as MathML, the roles of docstrings, tables of results.
 
-Browsers draw MathML themselves, so that the pages need neither a script nor the network.
+Browsers draw MathML themselves, so that the pages need neither a script nor the network. Tables are made from
+committed result files, so that no number on a page is typed by hand.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 
+ROOT = Path(__file__).parent.parent
+_RESULTS = re.compile(r"<!-- results: (\S+) -->")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):<code>~?(.*?)</code>")
 
@@ -19,6 +24,33 @@ def _mathml(match: re.Match[str]) -> str:
     tag, opening, latex = match.groups()
     made = convert(html.unescape(latex).strip(), display="block" if opening == "[" else "inline")
     return f'<{tag} class="equation">{made}</{tag}>' if tag == "div" else made
+
+
+def _table(path: Path) -> str:
+    """A result file as Markdown: its title, the rows as a table, the context they were measured in."""
+    data = json.loads(path.read_text())
+    rows: list[dict[str, Any]] = data["rows"]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [f"### {data['title']}", "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    context = "; ".join(f"{name}: {_cell(value)}" for name, value in data["context"].items())
+    return "\n".join([*lines, "", f"{context}. From `{path.relative_to(ROOT)}`.", ""])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _results(match: re.Match[str]) -> str:
+    found = sorted(ROOT.glob(match[1]))
+    return "\n".join(map(_table, found)) if found else f"*No result file is committed at `{match[1]}` yet.*"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by MkDocs with the source of every page: `<!-- results: benchmarks/results/*.json -->` becomes tables."""
+    return _RESULTS.sub(_results, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
