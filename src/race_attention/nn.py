@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import race_attention
-from .checks import MAX_BETA, check_scale
+from .checks import MAX_BETA, MAX_PLANES, check_scale
 from .convolution import causal as causal_convolution
 from .convolution import centred as centred_convolution
 from .features import sample_hyperplanes
@@ -35,7 +36,7 @@ class RaceAttention(nn.Module):
         head_dim: D, size of a query or key. Default embed_dim / num_heads.
         value_dim: Dv, size of a head's value. Default head_dim.
         tables: L, hash tables; the error of the estimate falls with sqrt(L).
-        planes: P, hyperplanes a table (1 to 10): sharpness. A head's state has L * 2**P * (Dv + 1) numbers.
+        planes: P, hyperplanes a table (1 to 8): sharpness. A head's state has L * 2**P * (Dv + 1) numbers.
         beta: start of the soft buckets' sharpness, in (0, 1e4].
         learn_beta: trains one beta a key head (its logarithm is the parameter).
         learn_hyperplanes: trains the hyperplanes, which otherwise are a buffer.
@@ -102,7 +103,7 @@ class RaceAttention(nn.Module):
             raise ValueError(f"embed_dim: got {embed_dim}, allowed is a multiple of num_heads = {num_heads}")
         self.head_dim = _size("head_dim", embed_dim // num_heads if head_dim is None else head_dim)
         self.value_dim = _size("value_dim", self.head_dim if value_dim is None else value_dim)
-        self.tables, self.planes = _size("tables", tables), _size("planes", planes, most=10)
+        self.tables, self.planes = _size("tables", tables), _size("planes", planes, most=MAX_PLANES)
         self.beta_start = _number("beta", beta, 0.0, MAX_BETA)
         self.learn_beta, self.learn_hyperplanes = learn_beta, learn_hyperplanes
         self.hyperplanes_per_head, self.orthogonal = hyperplanes_per_head, orthogonal
@@ -175,9 +176,9 @@ class RaceAttention(nn.Module):
     @property
     def beta(self) -> Tensor:
         """[G], the sharpness of the buckets, within [1e-4, 1e4]."""
-        return (
-            self.log_beta.to(torch.promote_types(self.log_beta.dtype, torch.float32)).exp().clamp(_MIN_BETA, MAX_BETA)
-        )
+        # The logarithm is clamped first: past it exp would overflow, and its gradient be NaN.
+        logarithm = self.log_beta.to(torch.promote_types(self.log_beta.dtype, torch.float32))
+        return logarithm.clamp(math.log(_MIN_BETA), math.log(MAX_BETA)).exp().clamp(_MIN_BETA, MAX_BETA)
 
     def hash(self) -> dict[str, Any]:
         """hyperplanes, beta and scale: what decides buckets, as ``save`` and ``load`` of states want it."""
@@ -296,7 +297,7 @@ class RaceAttention(nn.Module):
         if self.decay in ("learned", "per_token"):
             logit = self.decay_logit.float() if self.decay_logit.dtype != torch.float64 else self.decay_logit
             if self.decay == "per_token":  # outside autocast: exp over many tokens wants all of the digits
-                with torch.autocast(x.device.type, enabled=False):
+                with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
                     logit = logit + F.linear(x.to(logit.dtype), self.decay_proj.weight.to(logit.dtype))
             log_decay: Tensor = F.logsigmoid(logit)
         else:

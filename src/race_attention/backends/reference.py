@@ -25,6 +25,9 @@ _SMALLEST_CHUNK, _LARGEST_CHUNK = 64, 256
 # Non-causal: only the float32 sums bound a chunk. 256 equal tokens err by 256 * 2**-25 = 8e-6 at the very worst, and
 # that bias stays however many chunks follow; 1024 were measured to err by 1.5e-5, past the 1e-5 that a state may.
 _CHUNK_WITHOUT_SCORES = 256
+# The least sum of weights that counts: a key just seen has 2**-13P or more, which is 2**-104 at 8 planes.
+_LEAST = {torch.float32: 2.0**-110, torch.float64: 2.0**-900}
+_LEAST_BUCKET = {torch.float32: 2.0**-60, torch.float64: 2.0**-450}  # likewise of one bucket, whose square counts
 
 
 def why_not(call: Call) -> str | None:
@@ -109,10 +112,13 @@ def readout(
     inside: buckets [K, G, C, S], values [K, G, C, E] and decay [K, G, C] of the chunk's own keys, of which
     a query sees those up to its own position.
     """
+    if kind == "bucket":  # divides by single buckets, the squares of whose smallest float32 does not hold
+        query = query.to(before.dtype)
+        inside = inside and (inside[0].to(before.dtype), inside[1].to(before.dtype), inside[2])
     before = before.to(query.dtype)
     if inside is None:
         if kind == "bucket":
-            query = _over(query, before[..., -1].unsqueeze(-2))
+            query = _over(query, before[..., -1].unsqueeze(-2), _LEAST_BUCKET)
         read = query @ before
     else:
         key, value, decay = inside
@@ -121,7 +127,7 @@ def readout(
         left = None if decay is None else decay.exp().to(query.dtype).repeat_interleave(heads, dim=-1)[..., None]
         if kind == "bucket":
             mass = before[..., -1].unsqueeze(-2)
-            query = _over(query, (mass if left is None else left * mass) + weight @ key)
+            query = _over(query, (mass if left is None else left * mass) + weight @ key, _LEAST_BUCKET)
         scores = (query @ key.transpose(-1, -2)) * weight
         read = scores @ value + (query if left is None else left * query) @ before
     if kind == "bucket":
@@ -138,9 +144,13 @@ def _chunk_size(causal: bool, buckets: int) -> int:
     return min(max(1 << (buckets - 1).bit_length(), _SMALLEST_CHUNK), _LARGEST_CHUNK)
 
 
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, and 0 with zero gradients where the denominator is 0 (no key is seen)."""
-    return numerator / torch.where(denominator > 0, denominator, float("inf"))
+def _over(numerator: Tensor, denominator: Tensor, least: dict[torch.dtype, float] = _LEAST) -> Tensor:
+    """The quotient, and 0 with zero gradients where no key is seen, or none of which decay has left anything.
+
+    What is below ``least`` is what decay left of keys long past: it has lost its digits, and its inverse would
+    overflow in the gradients.
+    """
+    return numerator / torch.where(denominator > least[denominator.dtype], denominator, float("inf"))
 
 
 def _position_weight(key: Tensor, decay: Tensor | None) -> Tensor:
@@ -165,7 +175,7 @@ def _key_side(call: Call, grid: _Grid) -> tuple[Tensor, Tensor, Tensor | None]:
     buckets = bucket_weights(key.to(call.hyperplanes.dtype).unsqueeze(-2), call.hyperplanes, call.beta)
     buckets = buckets.flatten(3)  # [K, C, G, S]
     if part is not None:
-        buckets = buckets * part.unsqueeze(-1)
+        buckets = buckets.masked_fill(~part.unsqueeze(-1), 0)  # not times 0: the gradient there may be anything
     value = F.pad(value.to(buckets.dtype), (0, 1), value=1.0)
     if call.log_decay is not None:
         log_decay = grid.split(call.log_decay).to(state_dtype(key.device))
