@@ -25,6 +25,12 @@ from experiments.config import ConfigError
 MIXERS = {
     "race": "experiments.baselines.race:RaceMixer",
     "softmax": "experiments.baselines.softmax:SoftmaxMixer",
+    "linear": "experiments.baselines.linear:LinearMixer",
+    "performer": "experiments.baselines.performer:PerformerMixer",
+    "linformer": "experiments.baselines.linformer:LinformerMixer",
+    "sigmoid": "experiments.baselines.sigmoid:SigmoidMixer",
+    "yoso": "experiments.baselines.yoso:YosoMixer",
+    "angular": "experiments.baselines.angular:AngularMixer",
 }
 
 

@@ -1,0 +1,238 @@
+"""Every baseline against its published formula, stated independently with loops or other identities."""
+
+import math
+
+import pytest
+import torch
+
+from experiments.baselines import MIXERS, make_mixer
+from experiments.baselines.base import rotate
+from experiments.baselines.kernelised import kernel_attention
+from experiments.baselines.performer import orthogonal_gaussian
+
+OPTIONS = {
+    "race": {"tables": 2, "planes": 2, "conv_size": 3},
+    "softmax": {"rope": 100.0},
+    "performer": {"features": 16},
+    "linformer": {"rank": 3},
+    "yoso": {"hashes": 0},
+}
+CAUSAL = [name for name in MIXERS if name != "linformer"]
+LENGTH = 13
+
+
+def mixer_of(name, causal, **options):
+    torch.manual_seed(0)
+    options = OPTIONS.get(name, {}) | options
+    return make_mixer(name, 8, 2, causal=causal, max_length=2 * LENGTH, seed=4, options=options).double()
+
+
+def tokens(batch=2, length=LENGTH, seed=1):
+    return torch.randn(batch, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def heads(mixer, x):
+    """Lists of query, key, value vectors by row, head, token."""
+    return mixer.project(x)
+
+
+def expected(mixer, weight, x, normalise=True, finish=None):
+    """out_i = sum_j w(q_i, k_j) v_j, over all keys or the past, written with loops."""
+    query, key, value = heads(mixer, x)
+    out = torch.zeros_like(value)
+    for b in range(x.shape[0]):
+        for h in range(2):
+            for i in range(x.shape[1]):
+                keys = range(i + 1) if mixer.causal else range(x.shape[1])
+                weights = torch.stack([weight(query[b, i, h], key[b, j, h]) for j in keys])
+                if normalise:
+                    weights = weights / weights.sum()
+                total = sum(w * value[b, j, h] for w, j in zip(weights, keys, strict=True))
+                out[b, i, h] = total if finish is None else finish(total)
+    return mixer.out(out.flatten(-2))
+
+
+def angle(q, k):
+    return torch.acos(torch.dot(q, k) / q.norm() / k.norm())
+
+
+def elu1(x):
+    return torch.where(x > 0, x + 1, x.exp())
+
+
+FORMULAS = {
+    "softmax": ({"rope": None}, lambda q, k: (torch.dot(q, k) / 2).exp(), {}),  # D = 4
+    "linear": ({}, lambda q, k: torch.dot(elu1(q), elu1(k)), {}),
+    "angular": ({"gamma": 3.0}, lambda q, k: (1 - angle(q, k) / math.pi) ** 3, {}),
+    "yoso": (
+        {"tau": 5, "hashes": 0},
+        lambda q, k: (1 - angle(q, k) / math.pi) ** 5,
+        {"normalise": False, "finish": lambda v: v / v.norm()},
+    ),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula(name, causal):
+    options, weight, how = FORMULAS[name]
+    mixer = mixer_of(name, causal, **options)
+    x = tokens()
+    torch.testing.assert_close(mixer(x), expected(mixer, weight, x, **how), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sigmoid_formula(causal):
+    mixer = mixer_of("sigmoid", causal)
+    n = 2 * LENGTH if causal else LENGTH
+    x = tokens()
+    want = expected(mixer, lambda q, k: 1 / (1 + n * (-torch.dot(q, k) / 2).exp()), x, normalise=False)
+    torch.testing.assert_close(mixer(x), want)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_linformer_is_softmax_over_projected_keys(share):
+    mixer = mixer_of("linformer", False, share=share)
+    x = tokens()
+    query, key, value = heads(mixer, x)
+    e = mixer.key_projection[:, :LENGTH]
+    f = e if share else mixer.value_projection[:, :LENGTH]
+    out = torch.zeros_like(value)
+    for b in range(2):
+        for h in range(2):
+            weights = (query[b, :, h] @ (e @ key[b, :, h]).T / 2).softmax(-1)
+            out[b, :, h] = weights @ (f @ value[b, :, h])
+    torch.testing.assert_close(mixer(x), mixer.out(out.flatten(-2)))
+    with pytest.raises(ValueError, match=f"max_length = {2 * LENGTH}"):
+        mixer(tokens(length=2 * LENGTH + 1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_performer_formula(causal):
+    mixer = mixer_of("performer", causal, eps=0.0)
+
+    def features(x):
+        x = x / 4**0.25  # D = 4
+        return torch.stack([(torch.dot(w, x) - torch.dot(x, x) / 2).exp() for w in mixer.projection.double()])
+
+    x = tokens()
+    torch.testing.assert_close(mixer(x), expected(mixer, lambda q, k: torch.dot(features(q), features(k)), x))
+
+
+def test_performer_kernel_is_unbiased():
+    q, k = (torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (8, 9))
+    draws = []
+    for seed in range(300):
+        w = orthogonal_gaussian(16, 4, seed).double() / 4**0.25
+        phi_q, phi_k = ((w @ x - x @ x / 4).exp() / 4 for x in (q, k))
+        draws.append(phi_q @ phi_k)
+    found = torch.stack(draws)
+    error = found.std() / len(found) ** 0.5
+    assert abs(found.mean() - (q @ k / 2).exp()) < 4 * error
+    assert error < 0.1 * found.mean()
+
+
+def test_performer_projections_are_orthogonal_and_gaussian():
+    w = orthogonal_gaussian(10, 4, seed=0)
+    assert w.shape == (10, 4)
+    for block in w.split(4):
+        gram = block @ block.T
+        torch.testing.assert_close(gram, gram.diagonal().diag(), atol=1e-5, rtol=0)
+    many = torch.cat([orthogonal_gaussian(4, 4, seed=i) for i in range(4000)])
+    torch.testing.assert_close(many.T @ many / len(many), torch.eye(4), atol=0.05, rtol=0)
+    torch.testing.assert_close(many.square().sum(1).mean(), torch.tensor(4.0), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_yoso_sampled_tends_to_its_expectation_and_has_its_gradient(causal):
+    sampled, mean = mixer_of("yoso", causal, hashes=4000, tau=3), mixer_of("yoso", causal, hashes=0, tau=3)
+    mean.load_state_dict(sampled.state_dict())
+    x = tokens()
+    torch.manual_seed(0)
+    torch.testing.assert_close(sampled(x), mean(x), atol=0.05, rtol=0.05)
+    # d w / d cosine = tau / 2 * w: equation 7's bound, against the true derivative
+    similarity = torch.tensor([[[[0.3, -0.6]]]], dtype=torch.float64, requires_grad=True)
+    weights = mean.expected(similarity)
+    true = torch.autograd.grad(weights.sum(), similarity)[0]
+    from experiments.baselines.yoso import _LowerBoundGradient
+
+    passed = _LowerBoundGradient.apply(similarity, weights.detach(), 3)
+    torch.testing.assert_close(passed, weights)
+    bound = torch.autograd.grad(passed.sum(), similarity)[0]
+    torch.testing.assert_close(bound, 1.5 * weights.detach())
+    assert (bound <= true).all()
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 129, 300])
+def test_chunked_causal_sums_equal_the_masked_matrix(length):
+    generator = torch.Generator().manual_seed(length)
+    query, key = (torch.rand(2, length, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    value = torch.randn(2, length, 3, 4, dtype=torch.float64, generator=generator)
+    mask = torch.rand(2, length, generator=generator) < 0.8
+    found = kernel_attention(query, key, value, causal=True, key_mask=mask, eps=0.1)
+    scores = torch.einsum("bthr,bshr->bhts", query, key).tril() * mask[:, None, None]
+    want = torch.einsum("bhts,bshd->bthd", scores, value) / (scores.sum(-1).transpose(1, 2)[..., None] + 0.1)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_mixers_do_not_see_the_future(name):
+    mixer = mixer_of(name, True)
+    x = tokens()
+    changed = x.clone()
+    changed[:, 7:] += 1.0
+    torch.testing.assert_close(mixer(changed)[:, :7], mixer(x)[:, :7], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(mixer(changed)[:, 7], mixer(x)[:, 7])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_has_no_effect(name, causal):
+    if causal and name not in CAUSAL:
+        with pytest.raises(ValueError, match="causal: got True"):
+            mixer_of(name, True)
+        return
+    mixer = mixer_of(name, causal)
+    x = tokens()
+    padded = torch.cat((x, 9 * tokens(length=5, seed=3)), dim=1)
+    padding = torch.zeros(2, LENGTH + 5, dtype=torch.bool)
+    padding[:, LENGTH:] = True
+    torch.testing.assert_close(mixer(padded, key_padding_mask=padding)[:, :LENGTH], mixer(x), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_gradients_are_finite_where_query_and_key_are_equal(name):
+    mixer = mixer_of(name, name in CAUSAL)
+    x = tokens()[:, :1].expand(-1, LENGTH, -1).clone().requires_grad_()
+    mixer(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_without_a_state_say_so(name):
+    mixer = mixer_of(name, name in CAUSAL)
+    if mixer.recurrent:
+        out, state = mixer(tokens(), return_state=True)
+        assert out.shape == (2, LENGTH, 8)
+        assert state is not None
+    else:
+        with pytest.raises(ValueError, match="keeps none"):
+            mixer(tokens(), return_state=True)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    q, k = (torch.randn(1, 1, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+
+    def product(i, j):
+        return float((rotate(q, 100.0, i) * rotate(k, 100.0, j)).sum())
+
+    assert product(5, 3) == pytest.approx(product(1002, 1000))
+    assert product(5, 3) != pytest.approx(product(5, 4))
+    first, second = q[0, 0, 0, :3], q[0, 0, 0, 3:]
+    turned = rotate(q, 100.0, 7)[0, 0, 0]
+    for i in range(3):  # each pair as one complex number
+        z = complex(first[i], second[i]) * complex(math.cos(7 * 100 ** (-i / 3)), math.sin(7 * 100 ** (-i / 3)))
+        assert complex(turned[i], turned[i + 3]) == pytest.approx(z)
+    with pytest.raises(ValueError, match="rope: got head size 5"):
+        rotate(torch.zeros(1, 1, 1, 5), 100.0)
