@@ -58,7 +58,8 @@ class TestInfo:
         facts = run_json("info")
         for device, by_dtype in facts["auto"].items():
             for dtype, chosen in by_dtype.items():
-                assert facts["backends"][chosen]["why_not"][device][dtype] is None
+                assert facts["backends"][chosen["backend"]]["why_not"][device][dtype] is None
+                assert chosen["why"]
 
     def test_words(self):
         result = run("info")

@@ -33,8 +33,13 @@ def command(as_json: Json = False) -> None:
     described = [(name, k, v) for name, about in facts["backends"].items() for k, v in about["details"].items()]
     if described:
         out.print(table("Details", ("backend", "what", "value"), described))
-    rows = [(device, dtype, chosen) for device, by in facts["auto"].items() for dtype, chosen in by.items()]
-    out.print(table('backend="auto" chooses', ("device", "dtype", "backend"), rows))
+    rows = []
+    for device, by_dtype in facts["auto"].items():
+        grouped: dict[tuple[str, str], list[str]] = {}
+        for dtype, choice in by_dtype.items():
+            grouped.setdefault((choice["backend"], choice["why"]), []).append(dtype)
+        rows += [(device, ", ".join(dtypes), chosen, why) for (chosen, why), dtypes in grouped.items()]
+    out.print(table('backend="auto" chooses', ("device", "dtype", "backend", "why"), rows))
 
 
 def collect() -> dict[str, Any]:
@@ -100,10 +105,20 @@ def _exists(device: str, dtype: torch.dtype) -> bool:
     return not (device == "mps" and dtype == torch.float64)
 
 
-def _chosen(call: Call) -> str:
-    with warnings.catch_warnings():  # the table of backends has the reason
+def _chosen(call: Call) -> dict[str, str]:
+    """What auto takes for the call, and why."""
+    with warnings.catch_warnings():  # what it would warn of is said in "why"
         warnings.simplefilter("ignore", BackendWarning)
-        return choose_backend(call)
+        chosen = choose_backend(call)
+    kind = call.query.device.type
+    native = backends.NATIVE.get(kind)
+    if native is None:
+        why = f"no backend is made for {kind}"
+    elif native == chosen:
+        why = f"the native backend of {kind}"
+    else:
+        why = f"{native!r} cannot: {backends.why_not(native, call)}"
+    return {"backend": chosen, "why": why}
 
 
 def _backend(name: str, places: dict[str, str]) -> dict[str, Any]:
