@@ -41,7 +41,7 @@ SHAPES = [
     ({"hyperplanes": zeros(2, 2, 2, 7)}, ValueError, "hyperplanes", "[2, 2, 2, 7]", "[2 or 1, L, P, 8]"),
     ({"hyperplanes": zeros(2, 0, 2, 8)}, ValueError, "hyperplanes", "[2, 0, 2, 8]", "[2 or 1, L, P, 8]"),
     ({"hyperplanes": zeros(1, 2, 0, 8)}, ValueError, "hyperplanes", "[1, 2, 0, 8]", "[2 or 1, L, P, 8]"),
-    ({"hyperplanes": zeros(1, 1, 30, 8)}, ValueError, "hyperplanes", "30", "1 to 8"),
+    ({"hyperplanes": zeros(1, 1, 30, 8)}, ValueError, "hyperplanes", "30", "1 to 10"),
     ({"beta": torch.ones(3)}, ValueError, "beta", "[3]", "[2]"),
     ({"beta": torch.ones(2, 1)}, ValueError, "beta", "[2, 1]", "[2]"),
     ({"log_decay": zeros(3), "causal": True}, ValueError, "log_decay", "[3]", "[2] or [2, 13, 2]"),

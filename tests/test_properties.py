@@ -161,7 +161,7 @@ def test_extremes_stay_finite_and_in_the_hull(backend, dtype, drawn):
 
 @WIDE
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("planes", [1, 4, 8])
+@pytest.mark.parametrize("planes", [1, 4, 8, 10])
 def test_the_only_key_lies_opposite(backend, dtype, causal, planes):
     """Saturated tokens of opposite signs share the least weight there is, 2**-13P: the output is still the value."""
     skip_unless_runnable(backend)

@@ -53,7 +53,7 @@ def race_attention(
             and value are cast to its dtype (float64 excepted).
         key: [B, Tk, G, D] of the query's dtype. H is a multiple of G; head h reads key head h // (H / G).
         value: [B, Tk, G, Dv] of the query's dtype.
-        hyperplanes: [G or 1, L, P, D], any floating dtype, P at most 8; see :func:`sample_hyperplanes`.
+        hyperplanes: [G or 1, L, P, D], any floating dtype, P at most 10; see :func:`sample_hyperplanes`.
         beta: sharpness of the buckets, in (0, 1e4]: a number, a scalar tensor, or [G].
         causal: a query sees the keys up to its own position; needs Tq == Tk. Otherwise it sees all keys, and
             Tq != Tk is cross-attention.

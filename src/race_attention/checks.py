@@ -20,7 +20,7 @@ from .backends.call import Call
 from .state import RaceState, state_dtype
 
 MAX_BETA = 1e4
-MAX_PLANES = 8  # 2**-13P, the least weight of a key, and its inverse times the values must be float32 numbers
+MAX_PLANES = 10  # 2**-14P, the least of a bucket, must be a float32 number (a denormal one will do)
 
 
 def check(

@@ -36,7 +36,7 @@ class RaceAttention(nn.Module):
         head_dim: D, size of a query or key. Default embed_dim / num_heads.
         value_dim: Dv, size of a head's value. Default head_dim.
         tables: L, hash tables; the error of the estimate falls with sqrt(L).
-        planes: P, hyperplanes a table (1 to 8): sharpness. A head's state has L * 2**P * (Dv + 1) numbers.
+        planes: P, hyperplanes a table (1 to 10): sharpness. A head's state has L * 2**P * (Dv + 1) numbers.
         beta: start of the soft buckets' sharpness, in (0, 1e4].
         learn_beta: trains one beta a key head (its logarithm is the parameter).
         learn_hyperplanes: trains the hyperplanes, which otherwise are a buffer.

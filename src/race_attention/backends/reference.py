@@ -1,8 +1,8 @@
 """The reference backend: the specification in chunks, plain torch, on any device.
 
 Memory is linear in the length, gradients come from autograd (twice, if asked), and every option of the
-interface is served. Arithmetic is float32, or float64 for float64 inputs; states and running sums of
-log_decay are float64 wherever the device has it.
+interface is served. Arithmetic is float32, or float64 for float64 inputs and for more than 8 planes a table; states and running
+sums of log_decay are float64 wherever the device has it.
 
 Shape letters are those of :mod:`race_attention.backends.call`; besides, K = chunks of all rows, and
 E = Dv + 1: a value carries a one behind it, so that value_sum and mass are one matrix [S, E].
@@ -10,6 +10,7 @@ E = Dv + 1: a value carries a one behind it, so that value_sum and mass are one 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -28,6 +29,7 @@ _CHUNK_WITHOUT_SCORES = 256
 # The least sum of weights that counts: a key just seen has 2**-13P or more, which is 2**-104 at 8 planes.
 _LEAST = {torch.float32: 2.0**-110, torch.float64: 2.0**-900}
 _LEAST_BUCKET = {torch.float32: 2.0**-60, torch.float64: 2.0**-450}  # likewise of one bucket, whose square counts
+_FLOAT32_PLANES = 8  # with more, a key's least weight and its inverse are float64 numbers only
 
 
 def why_not(call: Call) -> str | None:
@@ -46,6 +48,8 @@ def run(call: Call, chunk_size: int | None = None) -> tuple[Tensor, Tensor | Non
         out [B, Tq, H, Dv] in the query's dtype, and the final mass [rows, G, L, R] and value_sum
         [rows, G, L, R, Dv], or None twice where ``call.return_state`` is not set.
     """
+    if call.hyperplanes.shape[2] > _FLOAT32_PLANES and call.hyperplanes.dtype != state_dtype(call.query.device):
+        call = replace(call, hyperplanes=call.hyperplanes.double(), beta=call.beta.double())
     if call.query.is_meta:  # has no autocast, and torch raises
         return _run(call, chunk_size)
     with torch.autocast(device_type=call.query.device.type, enabled=False):

@@ -10,7 +10,7 @@ import typer
 
 from .common import Json, console, si, table, write_json
 
-MAX_PLANES = 8
+MAX_PLANES = 10
 STATE_BYTES = 8  # states are float64
 PAPER = ((2, 2), (3, 3), (4, 4))  # (P, L), the configurations of the paper's experiments
 
