@@ -1,8 +1,8 @@
 """The reference backend: the specification in chunks, plain torch, on any device.
 
 Memory is linear in the length, gradients come from autograd (twice, if asked), and every option of the
-interface is served. Arithmetic is float32, or float64 for float64 inputs and for more than 8 planes a table; states and running
-sums of log_decay are float64 wherever the device has it.
+interface is served. Arithmetic is float32, or float64 for float64 inputs and for more than 8 planes a table;
+states and running sums of log_decay are float64 wherever the device has it.
 
 Shape letters are those of :mod:`race_attention.backends.call`; besides, K = chunks of all rows, and
 E = Dv + 1: a value carries a one behind it, so that value_sum and mass are one matrix [S, E].
