@@ -164,7 +164,7 @@ class ArraySource(Indexed):
 
 def segment_sizes(tokens: int, segment: int | Sequence[int]) -> list[int]:
     """The sizes of the segments of ``tokens`` tokens: all ``segment``, the last the rest; or those given, checked."""
-    if isinstance(segment, int) and not isinstance(segment, bool):
+    if isinstance(segment, int):
         if segment < 1:
             raise ValueError(f"segment: got {segment}, allowed is 1 or more")
         full, rest = divmod(tokens, segment)
@@ -190,7 +190,11 @@ def cut(tokens: Any, segment: int | Sequence[int], dim: int = 1) -> list[Any]:
     if len(lengths) != 1:
         raise ValueError(f"tokens: got lengths {sorted(lengths)} along axis {dim}, allowed is one length")
     bounds = [0, *accumulate(segment_sizes(lengths.pop(), segment))]
-    return [trees.tree_map(lambda x, a=a, b=b: x.narrow(dim, a, b - a), tokens) for a, b in pairwise(bounds)]
+    return [_narrow(tokens, dim, begin, end) for begin, end in pairwise(bounds)]
+
+
+def _narrow(tree: Any, dim: int, begin: int, end: int) -> Any:
+    return trees.tree_map(lambda x: x.narrow(dim, begin, end - begin), tree)
 
 
 def _slice(array: Any, begin: int, end: int, device: torch.device | str | None) -> Tensor:

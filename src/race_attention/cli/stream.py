@@ -1,0 +1,212 @@
+"""``race-attention stream``: one layer's core over a stream of any length, in constant memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from race_attention.features import sample_hyperplanes
+from race_attention.streaming import StreamGradients, stream_attention, stream_attention_backward
+from race_attention.streaming.generated import Checksum, GeneratedStream
+
+from .bench import Dtype, _device, _name, _served, _wait
+from .common import Json, console, si, table, write_json
+from .info import probe
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+
+
+def number_of_tokens(text: str) -> int:
+    """75M -> 75000000; also 65536, 1.5k, 1G, 1B, 2e6."""
+    lower = text.strip().lower().replace("_", "").replace(",", "")
+    unit = lower[-1:] if lower[-1:] in "kmgb" else ""
+    try:
+        number = float(lower[: len(lower) - len(unit)]) * _UNITS[unit]
+        tokens = round(number)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"got {text!r}, allowed is a number with k, M, G or B behind it, or without") from None
+    if tokens < 1 or tokens != number:
+        raise typer.BadParameter(f"got {text!r}, allowed is a whole number of tokens, 1 or more")
+    return tokens
+
+
+def command(
+    tokens: Annotated[int, typer.Option(parser=number_of_tokens, metavar="N", help="T: 75M, 1B, 65536.")] = 1_000_000,
+    segment: Annotated[int, typer.Option(parser=number_of_tokens, metavar="N", help="Tokens in memory.")] = 16384,
+    heads: Annotated[int, typer.Option(min=1, help="H = G.")] = 4,
+    dim: Annotated[int, typer.Option(min=1, help="D = Dv, of a head.")] = 128,
+    planes: Annotated[int, typer.Option(min=1, max=10, help="P.")] = 2,
+    tables: Annotated[int, typer.Option(min=1, help="L.")] = 2,
+    beta: Annotated[float, typer.Option(help="Sharpness of the buckets, in (0, 1e4].")] = 2.0,
+    dtype: Annotated[Dtype, typer.Option(help="Of queries, keys and values.")] = Dtype.float32,
+    causal: Annotated[bool, typer.Option(help="Causal or not.")] = True,
+    decay: Annotated[bool, typer.Option(help="A log_decay for each token (causal only).")] = False,
+    backward: Annotated[bool, typer.Option(help="Forward and backward, or the forward pass alone.")] = True,
+    keep_every: Annotated[int, typer.Option(min=1, help="Keeps the state before every n-th segment only.")] = 1,
+    keep_on: Annotated[str | None, typer.Option(help="Where kept states wait, for example cpu.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**15, help="Of the data.")] = 0,
+    journal: Annotated[
+        Path | None, typer.Option(help="A folder: a run that was killed continues when started again with it.")
+    ] = None,
+    journal_every: Annotated[int, typer.Option(min=1, help="Segments between entries.")] = 16,
+    progress: Annotated[bool | None, typer.Option(help="A bar; default on terminals.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Streams generated data through one layer's core: peak memory, tokens per second, checksums of all results.
+
+    The data come from their positions alone, so that checksums do not depend on the size of a segment beyond
+    rounding.
+    """
+    place = _device(device)
+    kind = getattr(torch, dtype.value)
+    try:
+        served = _served(backend, probe(str(place), kind, dim=dim, planes=planes, tables=tables, causal=causal))
+        source = GeneratedStream(
+            tokens, segment, heads=heads, dim=dim, dtype=kind, device=place, seed=seed, decay=decay
+        )
+        options: dict[str, Any] = {
+            "causal": causal,
+            "scale": dim**-0.5,
+            "backend": served,
+            "journal_every": journal_every,
+            "progress": sys.stderr.isatty() if progress is None else progress,
+        }
+        seconds, sums, gradients = measure(
+            source, _hash(heads, tables, planes, dim, place, beta), options, backward, keep_every, keep_on, journal
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from None
+    result = {
+        "device": _name(place),
+        "backend": served,
+        "shape": {"B": 1, "T": tokens, "H": heads, "D": dim, "P": planes, "L": tables},
+        "segment": segment,
+        "dtype": dtype.value,
+        "causal": causal,
+        "decay": decay,
+        "beta": beta,
+        "seed": seed,
+        "pass": "forward and backward" if backward else "forward",
+        "keep_every": keep_every,
+        "journal": journal is not None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": seconds,
+        "tokens_per_s": tokens / sum(seconds.values()),
+        "peak_memory_bytes": peak_memory(place),
+        "checksums": sums | ({} if gradients is None else checksums(gradients)),
+    }
+    if as_json:
+        write_json(result)
+    else:
+        _show(result)
+
+
+def measure(
+    source: GeneratedStream,
+    parameters: tuple[torch.Tensor, torch.Tensor],
+    options: dict[str, Any],
+    backward: bool,
+    keep_every: int = 1,
+    keep_on: str | None = None,
+    journal: Path | None = None,
+) -> tuple[dict[str, float], dict[str, dict[str, float]], StreamGradients | None]:
+    """Seconds of both passes, checksums of the outputs and of the tokens' gradients, the parameters' gradients."""
+    hyperplanes, beta = parameters
+    out, grads = Checksum(), Checksum()
+    folders = (None, None) if journal is None else (journal / "forward", journal / "backward")
+    start = time.perf_counter()
+    forward = stream_attention(
+        source,
+        hyperplanes,
+        beta,
+        sink=out,
+        keep_every=keep_every if backward else None,
+        keep_on=keep_on,
+        journal=folders[0],
+        **options,
+    )
+    _wait(source.device)
+    seconds = {"forward": time.perf_counter() - start}
+    if not backward:
+        return seconds, out.numbers(), None
+    start = time.perf_counter()
+    gradients = stream_attention_backward(
+        source,
+        source.gradients(),
+        hyperplanes,
+        beta,
+        forward=forward,
+        grad_sink=grads,
+        journal=folders[1],
+        **options,
+    )
+    _wait(source.device)
+    seconds["backward"] = time.perf_counter() - start
+    return seconds, out.numbers() | {f"gradient of {name}": x for name, x in grads.numbers().items()}, gradients
+
+
+def checksums(gradients: StreamGradients) -> dict[str, dict[str, float]]:
+    """Of the parameters' gradients, the two numbers that :class:`Checksum` has for arrays of tokens."""
+    made = {}
+    for name in ("hyperplanes", "beta"):
+        flat = getattr(gradients, name).double().cpu().reshape(-1)
+        weights = torch.randn(flat.numel(), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        made[f"gradient of {name}"] = {"sum": float(flat @ weights), "norm": float(flat.norm())}
+    return made
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory that this process has had in bytes: resident, and of the GPU as torch allocates it."""
+    peak = {"resident": _peak_resident()}
+    if device.type == "cuda":
+        peak["cuda_allocated"] = torch.cuda.max_memory_allocated(device)
+        peak["cuda_reserved"] = torch.cuda.max_memory_reserved(device)
+    return peak
+
+
+def _peak_resident() -> int:
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _hash(
+    heads: int, tables: int, planes: int, dim: int, device: torch.device, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not 0 < beta <= 1e4:
+        raise ValueError(f"beta: got {beta:g}, allowed is a number in (0, 1e4]")
+    return sample_hyperplanes(heads, tables, planes, dim, device=device), torch.full((heads,), beta, device=device)
+
+
+def _show(result: dict[str, Any]) -> None:
+    shape = " ".join(f"{letter}={size}" for letter, size in result["shape"].items())
+    rows = [
+        ("device", result["device"]),
+        ("backend", result["backend"]),
+        ("shape", shape),
+        ("segment", f"{result['segment']} tokens"),
+        ("dtype", result["dtype"]),
+        ("pass", result["pass"] + (", causal" if result["causal"] else ", not causal")),
+        *((f"seconds, {name}", f"{seconds:.2f}") for name, seconds in result["seconds"].items()),
+        ("tokens per second", si(result["tokens_per_s"])),
+        *((f"peak memory, {name}", f"{size / 2**20:.0f} MiB") for name, size in result["peak_memory_bytes"].items()),
+    ]
+    out = console()
+    out.print(table("One layer's core, streamed", ("what", "value"), rows))
+    sums = [(name, f"{x['sum']:.9g}", f"{x['norm']:.9g}") for name, x in result["checksums"].items()]
+    out.print(table("Checksums", ("of", "sum", "norm"), sums, right=("sum", "norm")))
