@@ -48,6 +48,7 @@ class TrainConfig:
         batch: windows a step.
         steps: optimiser steps; or None with ``seconds``.
         seconds: trains for so long instead, with the learning rate following the clock.
+        least_steps: a timed run on a machine too busy to take so many steps in its time gets up to twice the time.
         lr, lr_floor, warmup: peak, its fraction at the end, and the fraction of the run spent rising.
         weight_decay, beta1, beta2, clip: AdamW's, and the norm that gradients are clipped to.
         seed: of weights, hyperplanes and the order of the data.
@@ -70,6 +71,7 @@ class TrainConfig:
     batch: int = 8
     steps: int | None = 1000
     seconds: float | None = None
+    least_steps: int = 0
     lr: float = 2e-3
     lr_floor: float = 0.05
     warmup: float = 0.05
@@ -149,7 +151,10 @@ class Trainer:
         if self.config.steps is not None:
             return min(1.0, self.step / self.config.steps)
         assert self.config.seconds is not None
-        return min(1.0, self.seconds / self.config.seconds)
+        timed = self.seconds / self.config.seconds
+        if self.config.least_steps:
+            timed = max(timed / 2, min(timed, self.step / self.config.least_steps))
+        return min(1.0, timed)
 
     def window_length(self) -> int:
         """Bytes a window at this point of the run."""

@@ -344,6 +344,13 @@ def test_layer_times_stop_at_the_limit():
     assert list(layer_times(layer, 4, lengths, limit=0, patience=0)) == [8, 16]
 
 
+def test_busy_machine_gets_up_to_twice_the_time(tmp_path, text):
+    run = trainer(tmp_path, text, steps=None, seconds=10.0, least_steps=100)
+    for seconds, step, fraction in ((5, 50, 0.5), (5, 10, 0.25), (10, 100, 1.0), (10, 50, 0.5), (20, 50, 1.0)):
+        run.seconds, run.step = seconds, step
+        assert run.fraction == pytest.approx(fraction)
+
+
 @pytest.mark.slow
 def test_demo_in_its_smallest_size(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PACKAGE}{os.pathsep}{ROOT}"}

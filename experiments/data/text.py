@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import lzma
@@ -59,10 +60,20 @@ def load_text(name: str, data_dir: str | Path | None = None) -> Text:
     """
     if name.startswith("file:"):
         data = Path(name[5:]).read_bytes()
-        return _text(name, *_split_bytes(data), name[5:])
+        return text_of(name, *_split_bytes(data), name[5:])
     if name not in LOADERS:
         raise ValueError(f"data: got {name!r}, allowed are " + ", ".join(LOADERS) + " and file:PATH")
     return LOADERS[name](find_data_dir(data_dir))
+
+
+def load_split_files(name: str, data_dir: Path | None) -> Text:
+    """A text in two files, ``NAME/train.txt`` and ``NAME/valid.txt``."""
+    folder = _existing(data_dir, name, f"put {name}/train.txt and {name}/valid.txt there")
+    missing = [part for part in ("train", "valid") if not (folder / f"{part}.txt").exists()]
+    if missing:
+        raise DataError(f"data {name!r}: {folder} holds no {missing[0]}.txt")
+    train, valid = ((folder / f"{part}.txt").read_bytes() for part in ("train", "valid"))
+    return text_of(name, train, valid, str(folder))
 
 
 def find_data_dir(data_dir: str | Path | None) -> Path | None:
@@ -91,7 +102,7 @@ def load_stdlib(data_dir: Path | None = None, *, root: Path | None = None) -> Te
     valid: list[bytes] = []
     for index, path in enumerate(files):
         (valid if index % 20 == 10 else train).append(path.read_bytes())
-    return _text("stdlib", b"".join(train), b"".join(valid), str(root or sysconfig.get_path("stdlib")))
+    return text_of("stdlib", b"".join(train), b"".join(valid), str(root or sysconfig.get_path("stdlib")))
 
 
 def load_novels(data_dir: Path | None) -> Text:
@@ -109,7 +120,7 @@ def load_novels(data_dir: Path | None) -> Text:
         if not names:
             raise DataError(f"data 'novels': {folder} holds no {part}/*.txt")
         parts[part] = b"".join(books[name] for name in names)
-    return _text("novels", parts["train"], parts["valid"], str(folder))
+    return text_of("novels", parts["train"], parts["valid"], str(folder))
 
 
 def load_shakespeare(data_dir: Path | None) -> Text:
@@ -118,13 +129,14 @@ def load_shakespeare(data_dir: Path | None) -> Text:
     folder = _existing(data_dir, "shakespeare", hint)
     packed = folder / "input.txt.gz"
     data = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / "input.txt").read_bytes()
-    return _text("shakespeare", *_split_bytes(data), str(folder))
+    return text_of("shakespeare", *_split_bytes(data), str(folder))
 
 
 LOADERS: dict[str, Callable[[Path | None], Text]] = {
     "stdlib": load_stdlib,
     "novels": load_novels,
     "shakespeare": load_shakespeare,
+    **{name: functools.partial(load_split_files, name) for name in ("wikitext-103", "ptb", "tinystories")},
 }
 
 
@@ -142,7 +154,8 @@ def _split_bytes(data: bytes) -> tuple[bytes, bytes]:
     return data[:cut], data[cut:]
 
 
-def _text(name: str, train: bytes, valid: bytes, source: str) -> Text:
+def text_of(name: str, train: bytes, valid: bytes, source: str) -> Text:
+    """A :class:`Text` of bytes to train on and bytes held out."""
     if len(train) < 2 or len(valid) < 2:
         raise ValueError(f"data {name!r}: got {len(train)} bytes to train on and {len(valid)} held out")
     digest = hashlib.sha256(train + valid).hexdigest()

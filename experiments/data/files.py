@@ -1,0 +1,115 @@
+"""Local files of data sets: found by name, checked by checksum, and the same sets from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.data.text import DATA_DIR, DataError, find_data_dir
+
+#: SHA-256 of the unpacked content of files that never change, however they are packed.
+CHECKSUMS = {
+    "fashion_mnist/train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "fashion_mnist/train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "fashion_mnist/t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "fashion_mnist/t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a data set lies on the Hugging Face hub: repository, configuration, text column, label column."""
+
+    repository: str
+    configuration: str | None
+    column: str
+    label: str | None = None
+    valid: str = "validation"
+
+
+#: Data sets that are fetched by name where their local files are not given.
+HUB = {
+    "sst2": Hub("stanfordnlp/sst2", None, "sentence", "label"),
+    "qnli": Hub("nyu-mll/glue", "qnli", "question+sentence", "label"),
+    "imdb": Hub("stanfordnlp/imdb", None, "text", "label", valid="test"),
+    "yahoo": Hub("community-datasets/yahoo_answers_topics", None, "question_title+question_content", "topic", "test"),
+    "arxiv": Hub("ccdv/arxiv-classification", "no_ref", "text", "label"),
+    "wikitext-103": Hub("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
+    "ptb": Hub("ptb-text-only/ptb_text_only", None, "sentence"),
+    "tinystories": Hub("roneneldan/TinyStories", None, "text"),
+    "fashion_mnist": Hub("zalando-datasets/fashion_mnist", None, "image", "label", valid="test"),
+    "cifar10": Hub("uoft-cs/cifar10", None, "img", "label", valid="test"),
+    "food101": Hub("ethz/food101", None, "image", "label"),
+}
+
+
+def local_folder(name: str, data_dir: str | Path | None) -> Path | None:
+    """The folder ``name`` in the data folder, or None where there is none."""
+    root = find_data_dir(data_dir)
+    folder = None if root is None else root / name
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def from_hub(name: str, split: str) -> Any:
+    """A split of a data set from the Hugging Face hub.
+
+    Raises:
+        DataError: it cannot be had; the message names both ways, the hub and local files.
+    """
+    where = HUB[name]
+    ways = (
+        f"Give the folder that holds {name}/ with --data-dir (or {DATA_DIR}), or be online with "
+        f"'pip install datasets' to fetch {where.repository} by name"
+    )
+    try:
+        import datasets  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise DataError(f"data {name!r}: no local files, and the package datasets is not installed. {ways}") from error
+    try:
+        return datasets.load_dataset(where.repository, where.configuration, split=split)
+    except Exception as error:  # whatever the network, the hub or its cache raise
+        raise DataError(f"data {name!r}: {type(error).__name__}: {error}. {ways}") from error
+
+
+def read_checked(folder: Path, file: str) -> bytes:
+    """The bytes of a file, unpacked where its name ends in .gz, after its checksum where one is published.
+
+    Raises:
+        DataError: absent. ValueError: a checksum that does not fit.
+    """
+    path = folder / file
+    if not path.exists():
+        raise DataError(f"data {folder.name!r}: {path} is missing")
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be unpacked: {error}") from error
+    found, expected = hashlib.sha256(data).hexdigest(), CHECKSUMS.get(f"{folder.name}/{file}")
+    if expected is not None and found != expected:
+        raise ValueError(f"{path}: got content with SHA-256 {found}, expected {expected}")
+    return data
+
+
+def read_idx(data: bytes) -> Tensor:
+    """An array in the IDX format of MNIST: uint8, any number of dimensions.
+
+    Raises:
+        ValueError: not that format, or cut short.
+    """
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError(f"idx: got the header {data[:4]!r}, expected 00 00 08 and the number of dimensions")
+    start = 4 + 4 * data[3]
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
+    array = torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8)
+    count = int(torch.tensor(shape).prod())
+    if len(array) != count:
+        raise ValueError(f"idx: got {len(array)} bytes for an array of shape {shape}")
+    return array.reshape(shape)

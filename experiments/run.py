@@ -1,0 +1,316 @@
+"""Runs one row of a table: ``python -m experiments.run configs/fashion_mnist.toml --row race-3x3 --seed 0``.
+
+A configuration file states what all rows of a table share, and under ``[rows.NAME]`` what differs. The result, one
+JSON file a seed, holds all that :mod:`experiments.tables` needs. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments import checkpoint
+from experiments import config as configuration
+from experiments.config import ConfigError, check
+from experiments.models.blocks import ModelConfig, count_parameters
+from experiments.optim import lr_factor, make_adamw
+from experiments.report import Bar, machine
+from experiments.tasks import make_task
+from experiments.train import pick_device
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One row of a table, but for the seed.
+
+    Attributes:
+        table: name of the table; a folder of results.
+        row: name of the method in it.
+        task, task_options: what is learned; see :data:`experiments.tasks.TASKS`.
+        model: the body; the task adds embedding and head.
+        steps, epochs: one of them.
+        batch, eval_batch: examples at a time.
+        eval_every: steps between evaluations; 0 for once an epoch, or at most 20 times in all.
+        lr, lr_floor, warmup, weight_decay, beta1, beta2, clip, precision: as in
+            :class:`experiments.train.TrainConfig`.
+        checkpoint_every: seconds between checkpoints; 0 for none but where the run is stopped.
+    """
+
+    table: str
+    row: str
+    task: str
+    task_options: dict[str, Any] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 64
+    eval_batch: int = 256
+    eval_every: int = 0
+    lr: float = 1e-3
+    lr_floor: float = 0.0
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    precision: str = "float32"
+    checkpoint_every: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("table", "row"):
+            value = getattr(self, name)
+            fits = bool(value) and value not in (".", "..") and not set(value) & set("/\\\0")
+            check(fits, name, value, "a name that a folder can have")
+        one = (self.steps is None) != (self.epochs is None)
+        check(one, "steps", self.steps, "given, or epochs, not both")
+        check(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more")
+        check(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "above 0")
+        for name in ("batch", "eval_batch"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check(self.eval_every >= 0, "eval_every", self.eval_every, "0 or more")
+        for name in ("lr", "clip"):
+            check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "'float32' or 'bfloat16'")
+
+
+def read_rows(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """All rows of a configuration file, by name.
+
+    Raises:
+        ConfigError: naming the key and the row.
+    """
+    shared = configuration.read(path)
+    rows = shared.pop("rows", {})
+    check(isinstance(rows, dict) and bool(rows), "rows", rows, "a table [rows.NAME] for each row")
+    shared.setdefault("table", Path(path).stem)
+    found = {}
+    for name, own in rows.items():
+        data = configuration.override(merge(merge(shared, {"row": name}), own), overrides)
+        try:
+            found[name] = configuration.build(RunConfig, data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}, row {name}: {error}") from error
+    return found
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``, table by table; mixer_options are replaced with their mixer."""
+    result = dict(below)
+    if "mixer" in above:
+        result.pop("mixer_options", None)
+    for key, value in above.items():
+        inner = result.get(key)
+        result[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+class OutOfTime(Exception):
+    """The time given to a run is over; its checkpoint waits."""
+
+
+class Run:
+    """One row with one seed.
+
+    Args:
+        config: the row.
+        seed: of weights, hashes and the order of the data.
+        data_dir: folder of local data.
+        device: "auto" or a device of torch.
+        results: folder for ``table/row/seed-N.json``.
+        work: folder for checkpoints.
+        quiet: shows no progress.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        seed: int,
+        *,
+        data_dir: str | None = None,
+        device: str = "auto",
+        results: Path = Path("experiments/results"),
+        work: Path = Path("runs"),
+        quiet: bool = False,
+    ) -> None:
+        self.config, self.seed, self.quiet = config, seed, quiet
+        self.device = pick_device(device)
+        self.result_path = result_path(results, config, seed)
+        self.checkpoint_path = work / config.table / config.row / f"seed-{seed}.safetensors"
+        self.task = make_task(config.task, config.task_options, data_dir=data_dir, device=self.device, seed=seed)
+        torch.manual_seed(seed)
+        self.model = self.task.make_model(config.model, seed).to(self.device)
+        self.optimiser = make_adamw(
+            self.model, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
+        )
+        self.epoch = self.task.steps_per_epoch(config.batch)
+        self.steps = config.steps or max(1, round(self.epoch * (config.epochs or 1)))
+        self.eval_every = config.eval_every or max(self.epoch, -(-self.steps // 20))
+        self.step, self.seconds, self.curve = 0, 0.0, list[dict[str, Any]]()
+
+    def train(self, max_seconds: float = math.inf) -> dict[str, Any]:
+        """Trains to the end, writes the result and returns it.
+
+        Raises:
+            OutOfTime: after ``max_seconds``; the next call of a new Run goes on from the checkpoint.
+        """
+        begin = saved = time.monotonic()
+        self._resume()
+        losses: list[Tensor] = []
+        with Bar(f"{self.config.table}/{self.config.row}/{self.seed}", quiet=self.quiet, every=30) as bar:
+            start = time.monotonic()
+            while self.step < self.steps:
+                losses.append(self._step())
+                due = self.step % self.eval_every == 0 or self.step == self.steps
+                if due or self.step % 50 == 0:
+                    loss = float(torch.stack(losses).mean())  # waits for the device
+                    now = time.monotonic()
+                    self.seconds += now - start
+                    start = now
+                    if not math.isfinite(loss):
+                        return self._finish(f"diverged: the loss is {loss} before step {self.step}")
+                    if due:
+                        losses.clear()
+                        start = self._evaluate(loss)
+                    left = self.seconds / self.step * (self.steps - self.step)
+                    bar.update(self.step / self.steps, left, loss=f"{loss:.4f}")
+                    if now - begin > max_seconds and self.step < self.steps:
+                        self._save()
+                        raise OutOfTime(f"{self.step} of {self.steps} steps after {max_seconds:.0f} s")
+                    if self.config.checkpoint_every and now - saved > self.config.checkpoint_every:
+                        self._save()
+                        saved = time.monotonic()
+        return self._finish(None)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _step(self) -> Tensor:
+        config = self.config
+        factor = lr_factor((self.step + 1) / self.steps, config.warmup, config.lr_floor)
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.lr * factor
+        self.model.train()
+        batch = self.task.batch(self.step, config.batch)
+        with self._autocast():
+            loss = self.task.loss(self.model, batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimiser.step()
+        self.step += 1
+        return loss.detach()
+
+    def _evaluate(self, loss: float) -> float:
+        """Adds a point to the curve; returns the time, as evaluation does not count as training."""
+        with self._autocast():
+            scores = self.task.evaluate(self.model, self.config.eval_batch)
+        self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "train_loss": loss} | scores)
+        return time.monotonic()
+
+    def _resume(self) -> None:
+        if not self.checkpoint_path.exists():
+            return
+        progress = checkpoint.load(self.checkpoint_path, self.model, self.optimiser)
+        mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        if progress["config"] != mine:
+            raise ConfigError(f"{self.checkpoint_path}: got a run of another configuration; remove it to start anew")
+        self.step, self.seconds, self.curve = progress["step"], progress["seconds"], progress["curve"]
+
+    def _save(self) -> None:
+        self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
+        progress = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        progress["config"] = dataclasses.asdict(self.config)
+        checkpoint.save(self.checkpoint_path, self.model, self.optimiser, progress)
+
+    def _finish(self, error: str | None) -> dict[str, Any]:
+        better = max if self.task.higher_is_better else min
+        best = better(self.curve, key=lambda point: point["valid"]) if self.curve else None
+        result = {
+            "config": dataclasses.asdict(self.config),
+            "seed": self.seed,
+            "machine": machine() | {"device": str(self.device)},
+            "parameters": count_parameters(self.model),
+            "metric": self.task.metric,
+            "higher_is_better": self.task.higher_is_better,
+            "steps": self.step,
+            "seconds": round(self.seconds, 3),
+            "seconds_per_epoch": round(self.seconds / max(1, self.step) * self.epoch, 3),
+            "peak_memory_gb": _peak_memory_gb(self.device),
+            "best": best,
+            "final": self.curve[-1] if self.curve else None,
+            "error": error,
+            "curve": self.curve,
+        }
+        self.result_path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.result_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, self.result_path)
+        self.checkpoint_path.unlink(missing_ok=True)
+        return result
+
+
+def result_path(results: Path, config: RunConfig, seed: int) -> Path:
+    """Where the result of a run lies."""
+    return results / config.table / config.row / f"seed-{seed}.json"
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e9 if sys.platform == "darwin" else 1e6), 3)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__)
+    parser.add_argument("config", help="a .toml or .json file with [rows.NAME]")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row, for example epochs=1")
+    parser.add_argument("--row", action="append", help="rows to run, in this order; default all")
+    parser.add_argument("--seed", type=int, action="append", help="seeds to run; default 0")
+    parser.add_argument("--data-dir", help="folder of local data sets; default the environment variable RACE_DATA_DIR")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--results", type=Path, default=Path("experiments/results"))
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for checkpoints")
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="of each run; then it waits to be resumed")
+    parser.add_argument("--fresh", action="store_true", help="runs again what has a result")
+    given = parser.parse_args(arguments)
+    try:
+        rows = read_rows(given.config, given.overrides)
+        for row in given.row or rows:
+            check(row in rows, "--row", row, "one of " + ", ".join(rows))
+            for seed in given.seed or [0]:
+                run_one(rows[row], seed, given)
+    except (ConfigError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+    except OutOfTime as error:
+        parser.exit(3, f"out of time: {error}\n")
+
+
+def run_one(config: RunConfig, seed: int, given: argparse.Namespace) -> None:
+    """Runs a row with a seed unless its result is there, and says what came of it."""
+    path = result_path(given.results, config, seed)
+    if path.exists() and not given.fresh:
+        print(f"{path}: done before")
+        return
+    run = Run(config, seed, data_dir=given.data_dir, device=given.device, results=given.results, work=given.work)
+    result = run.train(given.max_seconds)
+    print(f"{path}: {result['error'] or result['best']}")
+
+
+if __name__ == "__main__":
+    main()
