@@ -1,6 +1,7 @@
 """The direction of imports that DESIGN.md draws, read off the sources: nothing imports what stands above it."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ MODULES = modules()
 
 def unit_of(module: str) -> str:
     """The unit of the layers that a module belongs to; fails for one that no layer names."""
-    name = module
+    name = re.sub(r"^(backends\.[a-z]+)_.*", r"\1", module)  # backends.cpu_library is of backends.cpu
     while name and name not in RANK:
         name = name.rpartition(".")[0]
     if not name or (name == "backends" and module != "backends"):
