@@ -22,9 +22,9 @@ from .info import probe
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
-def number_of_tokens(text: str) -> int:
+def number_of_tokens(text: str | int) -> int:
     """75M -> 75000000; also 65536, 1.5k, 1G, 1B, 2e6."""
-    lower = text.strip().lower().replace("_", "").replace(",", "")
+    lower = str(text).strip().lower().replace("_", "").replace(",", "")
     unit = lower[-1:] if lower[-1:] in "kmgb" else ""
     try:
         number = float(lower[: len(lower) - len(unit)]) * _UNITS[unit]
