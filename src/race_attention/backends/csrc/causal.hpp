@@ -1,0 +1,346 @@
+// Causal passes (Algorithm 2): a running state over blocks of tokens, masked scores inside a block.
+//
+// With phi' = phi exp(+-g) (pq carries exp(g), pk exp(-g), g the decay since before the block) and M the state
+// before the block:
+//   forward    num_i = pq_i M + sum_{j <= i} (pq_i . pk_j) v_j          out = num / den
+//   backward   h_i = dout_i / den_i,  c_i = -(dout_i . num_i) / den_i^2  (adjoints of num and den)
+//              dphi_q_i = M h_i + c_i m + sum_{j <= i} pk_j (v_j . h_i + c_i)
+//   N, the adjoint of the state, runs backward:  N = sum_i pq_i (h_i, c_i)
+//              dv_j = pk_j N + sum_{i >= j} (pq_i . pk_j) h_i
+//              dphi_k_j = N (v_j, 1) + sum_{i >= j} pq_i (v_j . h_i + c_i)
+// No state is ever found by subtraction.
+#pragma once
+
+#include "pass.hpp"
+
+namespace race {
+namespace RACE_NAMESPACE {
+namespace {
+
+template <class T>
+class Causal : public Base<T> {
+  using Base<T>::p;
+  using Base<T>::a;
+  using Base<T>::f;
+  using Base<T>::g;
+  using Base<T>::room;
+  using Base<T>::row;
+  using Base<T>::work;
+
+ public:
+  using Base<T>::Base;
+
+  void forward(bool only_state) {
+    Running<T>& state = room.state;
+    for (const Piece* piece = work.begin; piece != work.end && !this->stopped(); ++piece) {
+      this->enter(*piece);
+      if (only_state && piece + 1 != work.end) continue;
+      start_row_or_piece(state, *piece, piece == work.begin, piece->first, a.initial, only_state);
+      for (i64 t = piece->begin; t < piece->end && !this->stopped(); t += a.run) {
+        state.start_run();
+        if (a.saved && t > 0 && !only_state) this->gather(state.w, this->saved(t / a.run));
+        forward_run(t, min_of(t + a.run, piece->end), only_state);
+        state.end_run(room.run_factor);
+      }
+      if (only_state) {
+        this->gather(state.acc, work.left);
+        *work.left_factor = state.kept;
+      } else if (piece->last && a.final_mass) {
+        state.next_piece();
+        this->write_state(state.base, a.final_mass, a.final_value_sum);
+      }
+    }
+  }
+
+  void backward() {  // whole rows, the runs of each from its end
+    for (const Piece* piece = work.end; piece-- != work.begin && !this->stopped();) {
+      this->enter(*piece);
+      start_row_or_piece(room.adjoint, *piece, piece + 1 == work.end, piece->last, a.grad_final, false);
+      for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run) {
+        query_run(t, min_of(t + a.run, piece->end), piece->slot);
+        key_run(t, min_of(t + a.run, piece->end), piece->slot, false);
+      }
+      finish_backward(*piece);
+    }
+  }
+  void backward_query() {  // in the order of `backward`, so that sums over tokens come out the same
+    for (const Piece* piece = work.end; piece-- != work.begin && !this->stopped();) {
+      this->enter(*piece);
+      for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run)
+        query_run(t, min_of(t + a.run, piece->end), piece->slot);
+    }
+  }
+  void backward_accumulate() {
+    const Piece& piece = *work.begin;
+    this->enter(piece);
+    room.adjoint.clear();
+    for (i64 t = last_run(piece); t >= piece.begin && !this->stopped(); t -= a.run)
+      key_run(t, min_of(t + a.run, piece.end), piece.slot, true);
+    this->gather(room.adjoint.acc, work.left);
+    *work.left_factor = room.adjoint.kept;
+  }
+  void backward_key() {
+    for (const Piece* piece = work.end; piece-- != work.begin && !this->stopped();) {
+      this->enter(*piece);
+      start_row_or_piece(room.adjoint, *piece, piece + 1 == work.end, piece->last, a.grad_final, false);
+      for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run)
+        key_run(t, min_of(t + a.run, piece->end), piece->slot, false);
+      finish_backward(*piece);
+    }
+  }
+  // A slot that ends inside a row hands on factor * given + left; see Work.
+  void scan() {
+    const i64 size = p.states * (a.value_dim + 1);
+    Running<T>& state = room.state;
+    for (const Piece* piece = work.begin; piece + 1 < work.end; ++piece) {
+      if (piece[1].slot == piece->slot || piece[1].first) continue;
+      this->enter(*piece);
+      hand_on(state, *piece, piece->first, a.initial, work.left + piece[1].slot * size);
+    }
+  }
+  void backward_scan() {
+    const i64 size = p.states * (a.value_dim + 1);
+    for (const Piece* piece = work.end - 1; piece > work.begin; --piece) {
+      if (piece[-1].slot == piece->slot || piece->first) continue;
+      this->enter(*piece);
+      hand_on(room.adjoint, *piece, piece->last, a.grad_final, work.left + piece[-1].slot * size);
+    }
+  }
+
+ private:
+  void hand_on(Running<T>& state, const Piece& piece, bool at_edge, const State& from, double* to) {
+    if (at_edge) {
+      state.clear();
+      this->read_state(from, state.base);
+    }
+    this->spread(work.given + piece.slot * p.states * (a.value_dim + 1), state.acc);
+    state.kept = work.left_factor[piece.slot];
+    state.next_piece();
+    this->gather(state.base, to);
+  }
+
+  i64 last_run(const Piece& piece) const { return piece.begin + (max_of(piece.end - piece.begin, 1) - 1) / a.run * a.run; }
+
+  // A row starts from the state given with the call, a piece inside it from the state before it.
+  void start_row_or_piece(Running<T>& state, const Piece&, bool first_of_work, bool at_edge, const State& from,
+                          bool from_zero) {
+    if (at_edge || from_zero) {
+      state.clear();
+      if (at_edge && !from_zero) this->read_state(from, state.base);
+    } else if (first_of_work) {
+      state.clear();
+      this->spread(work.given, state.base);
+    } else {
+      state.next_piece();
+    }
+  }
+
+  void forward_run(i64 begin, i64 end, bool only_state) {
+    this->cut_blocks(begin, end);
+    for (i64 n = 0; n < room.block_count; ++n) {
+      const Block<T>& b = room.blocks[n];
+      const i64 rows = round_up(b.count, W<T>);
+      scale_before(room.state, b);
+      take_keys(b, begin, rows, nullptr);
+      const Tile<T> v = this->load_values(b, rows);
+      if (!only_state)
+        for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) forward_queries(b, begin, h, rows, v);
+      this->add_to_state(room.state.w, room.state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+    }
+  }
+
+  void forward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
+    const T* w = room.state.w;
+    take_queries(b, run_begin, h, rows, nullptr);
+    this->score(b.count, rows);
+    this->denominators(w, rows, b.count);
+    set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states},
+                   {room.scores, C, 1, v.p, v.ld, b.count}, true);
+    this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
+  }
+
+  // The state before the run, for reading.
+  void start_state(i64 run) {
+    if (run > 0) {
+      this->spread(this->saved(run), room.state.w);
+      return;
+    }
+    room.state.clear();
+    this->read_state(a.initial, room.state.base);
+    room.state.start_run();
+  }
+
+  void query_run(i64 begin, i64 end, i64 slot) {
+    start_state(begin / a.run);
+    this->cut_blocks(begin, end);
+    this->clear_hash_gradients();
+    for (i64 n = 0; n < room.block_count; ++n) {
+      const Block<T>& b = room.blocks[n];
+      const i64 rows = round_up(b.count, W<T>);
+      scale_before(room.state, b);
+      take_keys(b, begin, rows, nullptr);
+      const Tile<T> v = this->load_values(b, rows);
+      for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, begin, h, rows, v);
+      this->add_to_state(room.state.w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+    }
+    this->add_hash_gradients(slot, 0);
+  }
+
+  void backward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
+    const T* w = room.state.w;
+    const Tile<T> x = take_queries(b, run_begin, h, rows, &room.slopes);
+    const Tile<T> grad = this->load_grad_out(b, h, rows);
+    this->score(b.count, rows);
+    this->denominators(w, rows, b.count);
+    this->drop_gradients_out_of_range(b.count);
+    dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value);
+    dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value);
+    for (i64 t = 0; t < rows; t += W<T>) {
+      V<T> dot = {};  // dout_i . num_i
+      for (i64 s = 0; s < p.states; ++s) dot += load(room.pq + s * C + t) * load(room.dphi + s * C + t);
+      for (i64 j = 0; j < b.count; ++j) dot += load(room.scores + j * C + t) * load(room.other + j * C + t);
+      const V<T> inverse = load(room.inverse + t);
+      const V<T> c = -(dot * inverse) * inverse;
+      put<T>(room.den_adjoint + t, c);
+      for (i64 s = 0; s < p.states; ++s) {
+        const T mass = w[s * room.size.ld + room.size.value];
+        T* d = room.dphi + s * C + t;
+        put<T>(d, load(d) * inverse + c * mass);
+      }
+      for (i64 j = 0; j < b.count; ++j) {
+        T* e = room.other + j * C + t;
+        put<T>(e, load(e) * inverse + c);
+      }
+    }
+    for (i64 j = 1; j < b.count; ++j)
+      for (i64 i = 0; i < j; ++i) room.other[j * C + i] = 0;
+    add_product<T>(room.dphi, C, p.states, rows, {room.pk, 1, C, room.other, C, b.count});
+    for (i64 i = 0; i < b.count; ++i) {
+      T* kept = this->inverse_of(b.begin + i, h);
+      kept[0] = room.inverse[i];
+      kept[1] = room.den_adjoint[i];
+      kept[2] = room.lift[i];
+    }
+    if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, x, a.dq, row.q0, b, h, rows);
+  }
+
+  void key_run(i64 begin, i64 end, i64 slot, bool only_state) {
+    Running<T>& adjoint = room.adjoint;
+    adjoint.start_run();
+    this->cut_blocks(begin, end);
+    this->clear_hash_gradients();
+    for (i64 n = room.block_count - 1; n >= 0; --n) {
+      const Block<T>& b = room.blocks[n];
+      if (b.over != T(1)) adjoint.scale(b.over);
+      if (only_state)
+        accumulate_adjoint(b, begin);
+      else
+        backward_keys(b, begin);
+      if (b.before != T(1)) adjoint.scale(b.before);
+    }
+    adjoint.end_run(room.run_factor);
+    if (only_state) return;
+    this->add_hash_gradients(slot, 1);
+    if (a.dlog_decay) backward_decay(begin, end);
+  }
+
+  void accumulate_adjoint(const Block<T>& b, i64 run_begin) {
+    const i64 rows = round_up(b.count, W<T>);
+    for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
+      take_queries(b, run_begin, h, rows, nullptr);
+      take_grad_out(b, h, rows);
+      this->add_to_state(room.adjoint.w, room.adjoint.sum, room.pq, room.scaled, room.size.value, b.count,
+                         room.den_adjoint, T(1));
+    }
+  }
+
+  void backward_keys(const Block<T>& b, i64 run_begin) {
+    const i64 rows = round_up(b.count, W<T>), ld = room.size.ld, Vp = room.size.value;
+    const T* w = room.adjoint.w;
+    const Tile<T> x = take_keys(b, run_begin, rows, &room.slopes);
+    const Tile<T> v = this->load_values(b, rows);
+    // dv is gathered in `grad`: `out` is needed for dk before all heads are done.
+    set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
+    dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp);
+    for (i64 s = 0; s < p.states; ++s)
+      for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
+    for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
+      take_queries(b, run_begin, h, rows, nullptr);
+      take_grad_out(b, h, rows);
+      this->score(b.count, rows);
+      add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
+      dots<T>(room.other, C, room.scaled, Vp, b.count, v.p, v.ld, rows, Vp);
+      for (i64 i = 0; i < b.count; ++i)
+        for (i64 j = 0; j < rows; ++j) room.other[i * C + j] = j <= i ? room.other[i * C + j] + room.den_adjoint[i] : T(0);
+      add_product<T>(room.dphi, C, p.states, rows, {room.pq, 1, C, room.other, C, b.count});
+      this->add_to_state(room.adjoint.w, room.adjoint.sum, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
+    }
+    if (a.dv.data)
+      store_tile<T>(p, a.dv, row.batch, row.k0 + b.begin, g, b.count, a.value_dim, room.grad, Vp, nullptr);
+    if (!a.dk.data && !this->wants_hash() && !a.dlog_decay) return;
+    this->hash_gradients(room.pk, x, a.dk, row.k0, b, g, rows);
+    for (i64 i = 0; i < b.count; ++i) room.key_term[b.begin + i - run_begin] = room.total[i];
+  }
+
+  // dL/dlog_decay of a run's first token is (adjoint before it) . (state before it); from there on it changes by
+  // phi_k . dphi_k at each token. phi_q . dphi_q is 0: a normalised output does not change when phi_q is scaled.
+  // Starting afresh at each run keeps the rounding of long sums out.
+  void backward_decay(i64 begin, i64 end) {
+    start_state(begin / a.run);
+    const Running<T>& n = room.adjoint;
+    double flow = 0;
+    for (i64 s = 0; s < p.states; ++s)
+      for (i64 d = 0; d <= room.size.value; ++d) {
+        if (d >= a.value_dim && d < room.size.value) continue;
+        const i64 i = s * room.size.ld + d;
+        flow += (n.kept * n.base[i] + n.acc[i]) * static_cast<double>(room.state.w[i]);
+      }
+    T* to = static_cast<T*>(a.dlog_decay);
+    for (i64 t = begin; t < end; ++t) {
+      to[(row.batch * a.tk + row.k0 + t) * a.groups + g] = static_cast<T>(flow);
+      flow += static_cast<double>(room.key_term[t - begin]);
+    }
+  }
+
+  void finish_backward(const Piece& piece) {
+    if (!piece.first || !(a.dinitial_mass || a.dinitial_value_sum) || this->stopped()) return;
+    room.adjoint.next_piece();
+    this->write_state(room.adjoint.base, a.dinitial_mass, a.dinitial_value_sum);
+  }
+
+  void scale_before(Running<T>& state, const Block<T>& b) {
+    if (b.before != T(1)) state.scale(b.before);
+  }
+  Tile<T> take_keys(const Block<T>& b, i64 run_begin, i64 rows, const Slopes<T>* slopes) {
+    this->key_parts(b.begin, b.count, a.log_decay ? room.key_factor + (b.begin - run_begin) : nullptr);
+    const Tile<T> x = this->load_keys(b, rows);
+    hash<T>(f, x, rows, room.part_k, room.y, room.pk, slopes);
+    return x;
+  }
+  Tile<T> take_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Slopes<T>* slopes) {
+    this->query_parts(b.count, a.log_decay ? room.query_factor + (b.begin - run_begin) : nullptr);
+    const Tile<T> x = this->load_queries(b, h, rows);
+    hash<T>(f, x, rows, room.part_q, room.y, room.pq, slopes);
+    return x;
+  }
+  // h and c of a block of queries, into `scaled` and `den_adjoint`; their buckets are lifted as they were.
+  void take_grad_out(const Block<T>& b, i64 h, i64 rows) {
+    const i64 Vp = room.size.value;
+    const Tile<T> grad = load_tile<T>(p, a.grad_out, row.batch, row.q0 + b.begin, h, b.count, rows, a.value_dim, Vp,
+                                      static_cast<const T*>(nullptr), room.scaled);
+    for (i64 i = 0; i < b.count; ++i) {
+      const T* kept = this->inverse_of(b.begin + i, h);
+      room.den_adjoint[i] = kept[1];
+      if (kept[2] != T(1))
+        for (i64 s = 0; s < p.states; ++s) room.pq[s * C + i] *= kept[2];
+      const T inverse = kept[0];
+      const T* from = grad.row(i);
+      T* to = room.scaled + i * Vp;
+      for (i64 d = 0; d < Vp; d += W<T>) put<T>(to + d, load(from + d) * inverse);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace RACE_NAMESPACE
+}  // namespace race

@@ -1,0 +1,61 @@
+// Which instruction set serves: the widest that this processor has, or the one asked for by name.
+#include "isa.hpp"
+
+#include <cstring>
+
+namespace race {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#ifdef RACE_X86
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+int isa_count() {
+#ifdef RACE_X86
+  return 3;
+#else
+  return 1;
+#endif
+}
+
+bool isa_runs(int isa) {
+  if (isa == 0) return true;
+#ifdef RACE_X86
+  __builtin_cpu_init();  // also asks whether the system saves the wide registers
+  if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == 2)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return false;
+}
+
+const Kernels& isa_kernels(int isa) {
+#ifdef RACE_X86
+  if (isa == 1) return avx2::kernels;
+  if (isa == 2) return avx512::kernels;
+#endif
+  (void)isa;
+  return baseline::kernels;
+}
+
+}  // namespace race
+
+#define RACE_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// The name of instruction set `isa`, counted from 0 (the least), or null behind the last.
+RACE_EXPORT const char* race_cpu_isa_name(int isa) {
+  return isa >= 0 && isa < race::isa_count() ? race::isa_kernels(isa).name : nullptr;
+}
+
+RACE_EXPORT int race_cpu_isa_runs(int isa) { return isa >= 0 && isa < race::isa_count() && race::isa_runs(isa); }
+}

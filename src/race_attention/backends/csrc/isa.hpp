@@ -1,0 +1,15 @@
+#pragma once
+
+#include "problem.hpp"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define RACE_X86 1
+#endif
+
+namespace race {
+
+int isa_count();
+bool isa_runs(int isa);
+const Kernels& isa_kernels(int isa);
+
+}  // namespace race

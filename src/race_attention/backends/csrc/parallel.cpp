@@ -1,0 +1,86 @@
+#include "parallel.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace race {
+
+namespace {
+constexpr double kWorthThreads = 1e-4;  // starting a thread takes about 2e-5 s
+constexpr double kWorthWatching = 0.3;
+constexpr auto kBetweenLooks = std::chrono::milliseconds(100);
+
+void* aligned(const std::unique_ptr<char[]>& memory) {
+  const auto at = reinterpret_cast<std::uintptr_t>(memory.get());
+  return reinterpret_cast<void*>((at + 63) / 64 * 64);
+}
+}  // namespace
+
+Team::Team(const Args& args, std::size_t scratch_bytes, double seconds)
+    : args_(args), scratch_bytes_(scratch_bytes), watched_(args.check_signals != nullptr && seconds > kWorthWatching) {
+  threads_ = seconds > kWorthThreads && args.threads > 1 ? args.threads : 1;
+}
+
+bool Team::interrupted() {
+  const int held = args_.gil_ensure();
+  const bool yes = args_.check_signals() != 0;
+  if (yes) args_.clear_error();  // the caller raises KeyboardInterrupt in its place
+  args_.gil_release(held);
+  return yes;
+}
+
+bool Team::run(i64 count, const std::function<void(i64, void*)>& task) {
+  if (stopped()) return false;
+  const i64 workers = count < threads_ ? count : threads_;
+  while (static_cast<i64>(scratch_.size()) < (workers > 1 ? workers : 1)) scratch_.emplace_back(new char[scratch_bytes_ + 64]);
+  std::atomic<i64> next{0};
+  const auto drain = [&](std::size_t worker) {
+    void* scratch = aligned(scratch_[worker]);
+    for (i64 n = next++; n < count && !stopped(); n = next++) task(n, scratch);
+  };
+  if (workers <= 1 && !watched_) {
+    drain(0);
+    return !stopped();
+  }
+  std::mutex mutex;
+  std::condition_variable done;
+  i64 running = 0;
+  std::vector<std::thread> team;
+  team.reserve(static_cast<std::size_t>(workers));
+  const std::size_t first = watched_ ? 0 : 1;  // a watching caller does nothing else
+  try {
+    for (std::size_t n = first; n < static_cast<std::size_t>(workers); ++n) {
+      {
+        std::lock_guard<std::mutex> lock(mutex);
+        ++running;
+      }
+      team.emplace_back([&, n] {
+        drain(n);
+        std::lock_guard<std::mutex> lock(mutex);
+        --running;
+        done.notify_one();
+      });
+    }
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+    std::lock_guard<std::mutex> lock(mutex);
+    --running;
+  }
+  if (!watched_ || team.empty()) {
+    drain(0);
+  } else {
+    std::unique_lock<std::mutex> lock(mutex);
+    while (!done.wait_for(lock, kBetweenLooks, [&] { return running == 0; })) {
+      lock.unlock();
+      if (interrupted()) __atomic_store_n(&stop_, 1, __ATOMIC_RELAXED);
+      lock.lock();
+    }
+  }
+  for (std::thread& t : team) t.join();
+  return !stopped();
+}
+
+}  // namespace race

@@ -1,0 +1,260 @@
+// What the passes share: the problem seen from one key head, states in and out, the decays of a run.
+#pragma once
+
+#include "room.hpp"
+
+namespace race {
+namespace RACE_NAMESPACE {
+namespace {
+
+template <class T>
+class Base {
+ public:
+  Base(const Problem& problem, const Work& work, void* scratch)
+      : p(problem), a(*problem.a), work(work), cut(scratch), room(problem, cut), g(work.g) {
+    const i64 LP = p.projections;
+    f = {a.tables, a.planes, p.buckets, room.size.dim,
+         static_cast<const T*>(p.packed_planes) + g * LP * room.size.dim,
+         static_cast<const T*>(a.beta)[g * a.beta_stride]};
+  }
+
+ protected:
+  const Problem& p;
+  const Args& a;
+  const Work& work;
+  Cutter cut;
+  Room<T> room;
+  const i64 g;
+  Hash<T> f;
+  Row row{};
+  i64 row_index = 0;
+
+  bool stopped() const { return __atomic_load_n(p.stop, __ATOMIC_RELAXED) != 0; }
+  void enter(const Piece& piece) {
+    row_index = piece.row;
+    row = p.rows[piece.row];
+  }
+
+  // ---- states: [S][ld] here, mass at `value`; outside mass and value_sum, or [S][Dv + 1] with mass last ------
+
+  void read_state(const State& from, double* to) const {
+    const i64 S = p.states, Dv = a.value_dim, R = p.buckets;
+    for (i64 s = 0; s < S; ++s) {
+      const i64* m = from.mass_stride;
+      const i64* v = from.value_sum_stride;
+      double* to_row = to + s * room.size.ld;
+      const i64 l = s / R, r = s % R;
+      if (from.mass) to_row[room.size.value] = from.mass[row_index * m[0] + g * m[1] + l * m[2] + r * m[3]];
+      if (!from.value_sum) continue;
+      const double* values = from.value_sum + row_index * v[0] + g * v[1] + l * v[2] + r * v[3];
+      for (i64 d = 0; d < Dv; ++d) to_row[d] = values[d * v[4]];
+    }
+  }
+  void write_state(const double* from, double* mass, double* value_sum) const {
+    const i64 S = p.states, Dv = a.value_dim, at = (row_index * a.groups + g) * S;
+    for (i64 s = 0; s < S; ++s) {
+      const double* values = from + s * room.size.ld;
+      if (mass) mass[at + s] = values[room.size.value];
+      if (value_sum)
+        for (i64 d = 0; d < Dv; ++d) value_sum[(at + s) * Dv + d] = values[d];
+    }
+  }
+  template <class From, class Into>
+  void spread(const From* from, Into* to) const {  // [S][Dv + 1] -> [S][ld]
+    const i64 Dv = a.value_dim;
+    for (i64 s = 0; s < p.states; ++s, from += Dv + 1, to += room.size.ld) {
+      for (i64 d = 0; d < Dv; ++d) to[d] = static_cast<Into>(from[d]);
+      to[room.size.value] = static_cast<Into>(from[Dv]);
+    }
+  }
+  template <class From, class Into>
+  void gather(const From* from, Into* to) const {  // [S][ld] -> [S][Dv + 1]
+    const i64 Dv = a.value_dim;
+    for (i64 s = 0; s < p.states; ++s, to += Dv + 1, from += room.size.ld) {
+      for (i64 d = 0; d < Dv; ++d) to[d] = static_cast<Into>(from[d]);
+      to[Dv] = static_cast<Into>(from[room.size.value]);
+    }
+  }
+  T* saved(i64 run) const {  // the state before a run of this row that is not its first
+    const i64 at = (row.saved + run - 1) * a.groups + g;
+    return static_cast<T*>(a.saved) + at * p.states * (a.value_dim + 1);
+  }
+
+  // ---- which tokens take part, and decay ----------------------------------------------------------------
+
+  bool present(i64 t) const {  // key t of the row
+    if (!a.mask) return true;
+    return a.mask[row.batch * a.mask_stride[0] + (row.k0 + t) * a.mask_stride[1] + g * a.mask_stride[2]] != 0;
+  }
+  double log_decay(i64 t) const {
+    const T* x = static_cast<const T*>(a.log_decay);
+    const i64* s = a.log_decay_stride;
+    return static_cast<double>(x[row.batch * s[0] + (row.k0 + t) * s[1] + g * s[2]]);
+  }
+
+  // Cuts tokens [begin, end) into blocks. With decay, g runs over the block from the state before it; exp(-g) stays
+  // below exp(16), so that buckets may carry exp(g) and exp(-g) themselves. A first token whose decay alone is
+  // larger is applied to the state by itself.
+  void cut_blocks(i64 begin, i64 end) {
+    room.block_count = 0;
+    room.run_factor = 1;
+    for (i64 t = begin; t < end;) {
+      Block<T>& block = room.blocks[room.block_count++];
+      block = {t, min_of(C, end - t), T(1), T(1)};
+      if (a.log_decay) decay_block(block, begin);
+      t += block.count;
+    }
+  }
+  void decay_block(Block<T>& block, i64 run_begin) {
+    double running = 0;
+    for (i64 i = 0; i < block.count; ++i) {
+      const double step = log_decay(block.begin + i);
+      if (i == 0 && step < -kMostDecay) {
+        const double before = __builtin_exp(step);
+        block.before = static_cast<T>(before);
+        room.run_factor *= before;
+      } else if (running + step < -kMostDecay) {
+        block.count = i;
+        break;
+      } else {
+        running += step;
+      }
+      const i64 at = block.begin + i - run_begin;
+      room.query_factor[at] = static_cast<T>(__builtin_exp(running));
+      room.key_factor[at] = static_cast<T>(__builtin_exp(-running));
+    }
+    block.over = static_cast<T>(__builtin_exp(running));
+    room.run_factor *= __builtin_exp(running);
+  }
+  static constexpr double kMostDecay = 16;
+
+  // The factors of a block's keys (0 where absent) and queries, and 0 behind them.
+  void key_parts(i64 begin, i64 count, const T* factor) {
+    for (i64 i = 0; i < C; ++i) room.part_k[i] = i < count && present(begin + i) ? (factor ? factor[i] : T(1)) : T(0);
+  }
+  void query_parts(i64 count, const T* factor) {
+    for (i64 i = 0; i < C; ++i) room.part_q[i] = i < count ? (factor ? factor[i] : T(1)) : T(0);
+  }
+
+  // ---- gradients of hyperplanes and beta: in T over a run, float64 over a slot -----------------------------
+
+  bool wants_hash() const { return a.dplanes || a.dbeta; }
+  void clear_hash_gradients() {
+    for (i64 i = 0; i < p.projections * room.size.dim; ++i) room.dw[i] = 0;
+    for (i64 i = 0; i < W<T>; ++i) room.dbeta[i] = 0;
+  }
+  void add_hash_gradients(i64 slot, int which) {
+    if (!wants_hash()) return;
+    const i64 LP = p.projections, D = a.dim;
+    double* to = p.partial + ((g * p.slots + slot) * 2 + which) * (LP * D + 1);
+    for (i64 i = 0; i < LP; ++i)
+      for (i64 d = 0; d < D; ++d) to[i * D + d] += static_cast<double>(room.dw[i * room.size.dim + d]);
+    for (i64 i = 0; i < W<T>; ++i) to[LP * D] += static_cast<double>(room.dbeta[i]);
+  }
+
+  // ---- blocks --------------------------------------------------------------------------------------------
+
+  Tile<T> load_keys(const Block<T>& b, i64 rows) {
+    return load_tile<T>(p, a.k, row.batch, row.k0 + b.begin, g, b.count, rows, a.dim, room.size.dim, room.part_k, room.x);
+  }
+  Tile<T> load_values(const Block<T>& b, i64 rows) {
+    return load_tile<T>(p, a.v, row.batch, row.k0 + b.begin, g, b.count, rows, a.value_dim, room.size.value,
+                        room.part_k, room.v);
+  }
+  Tile<T> load_queries(const Block<T>& b, i64 h, i64 rows) {
+    return load_tile<T>(p, a.q, row.batch, row.q0 + b.begin, h, b.count, rows, a.dim, room.size.dim, nullptr, room.q);
+  }
+  Tile<T> load_grad_out(const Block<T>& b, i64 h, i64 rows) {
+    return load_tile<T>(p, a.grad_out, row.batch, row.q0 + b.begin, h, b.count, rows, a.value_dim, room.size.value,
+                        nullptr, room.grad);
+  }
+  void store(const Tokens& to, i64 first, const Block<T>& b, i64 h, i64 size, i64 ld, const T* factor = nullptr) {
+    store_tile<T>(p, to, row.batch, first + b.begin, h, b.count, size, room.out, ld, factor);
+  }
+
+  // state += buckets^T rows: values here, masses `weight` (1 where null) besides.
+  void add_to_state(T* w, T* second, const T* buckets, const T* rows, i64 ld, i64 count, const T* weight, T factor) {
+    add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count}, factor, second);
+    for (i64 s = 0; s < p.states; ++s) {
+      T mass = 0;
+      for (i64 i = 0; i < count; ++i) mass += weight ? buckets[s * C + i] * weight[i] : buckets[s * C + i];
+      const i64 at = s * room.size.ld + room.size.value;
+      w[at] = factor * (w[at] + mass);
+      if (second) second[at] = factor * (second[at] + mass);
+    }
+  }
+
+  // scores[j][i] = pk_j . pq_i for keys j <= i of one block, else 0.
+  void score(i64 count, i64 rows) {
+    set_product<T>(room.scores, C, count, rows, {room.pk, C, 1, room.pq, C, p.states});
+    for (i64 j = 1; j < count; ++j)
+      for (i64 i = 0; i < j; ++i) room.scores[j * C + i] = 0;
+  }
+
+  // den[i] = pq_i . mass, and with `inside` what the block's own keys add; inverse[i] = 1 / den[i], or 0 where no key
+  // is seen. An output does not change when pq_i is scaled: where den is so small that 1 / den or its square would
+  // overflow (10 planes, all of opposite signs; or decay), pq_i, its scores and den are scaled by lift[i].
+  void denominators(const T* w, i64 rows, i64 inside) {
+    IV<T> any = {};
+    for (i64 t = 0; t < rows; t += W<T>) {
+      V<T> den = {};
+      for (i64 s = 0; s < p.states; ++s)
+        den += w[s * room.size.ld + room.size.value] * load(room.pq + s * C + t);
+      for (i64 j = 0; j < inside; ++j) den += load(room.scores + j * C + t);
+      put(room.den + t, den);
+      put(room.inverse + t, select<T>(den > T(0), T(1) / den, V<T>{}));
+      put(room.lift + t, splat<T>(1));
+      any |= (den > T(0)) & (den < kSmall);
+    }
+    for (int i = 0; i < W<T>; ++i)
+      if (any[i]) return lift(rows, inside);
+  }
+  static constexpr bool kSingle = sizeof(T) == 4;
+  static constexpr T kSmall = kSingle ? T(0x1p-60) : T(0x1p-500);
+  static constexpr T kLift = kSingle ? T(0x1p80) : T(0x1p560);
+  static constexpr T kLargest = kSingle ? T(0x1p90) : T(0x1p900);  // of a query's share in the state's adjoint
+
+  __attribute__((noinline)) void lift(i64 rows, i64 inside) {
+    for (i64 i = 0; i < rows; ++i) {
+      if (!(room.den[i] > 0 && room.den[i] < kSmall)) continue;
+      room.lift[i] = kLift;
+      room.den[i] *= kLift;
+      room.inverse[i] = T(1) / room.den[i];
+      for (i64 s = 0; s < p.states; ++s) room.pq[s * C + i] *= kLift;
+      for (i64 j = 0; j < inside; ++j) room.scores[j * C + i] *= kLift;
+    }
+  }
+
+  // Whether the gradient of query i can be formed: the state it reads has not decayed out of the dtype's range.
+  bool within_range(i64 i) const {
+    if (room.lift[i] == T(1)) return true;
+    T most = 0;
+    for (i64 s = 0; s < p.states; ++s) most = room.pq[s * C + i] > most ? room.pq[s * C + i] : most;
+    return most * room.inverse[i] < kLargest;
+  }
+  void drop_gradients_out_of_range(i64 count) {
+    for (i64 i = 0; i < count; ++i)
+      if (!within_range(i)) room.inverse[i] = 0;
+  }
+
+  // What the keys' pass needs of the queries': 1 / den, the adjoint of den, lift.
+  T* inverse_of(i64 t, i64 h) const {
+    return static_cast<T*>(p.inverse) + ((row.batch * a.tq + row.q0 + t) * a.heads + h) * 3;
+  }
+
+  // From dphi of one block to the gradients of its tokens, hyperplanes and beta.
+  void hash_gradients(const T* phi, const Tile<T>& x, const Tokens& to, i64 first, const Block<T>& b, i64 h, i64 rows) {
+    hash_backward<T>(f, rows, phi, room.dphi, room.slopes, room.dy, room.dbeta, room.total);
+    if (to.data) {
+      set_product<T>(room.out, room.size.dim, b.count, room.size.dim,
+                     {room.dy, C, 1, f.w, room.size.dim, p.projections});
+      store(to, first, b, h, a.dim, room.size.dim);
+    }
+    if (a.dplanes)
+      add_product<T>(room.dw, room.size.dim, p.projections, room.size.dim, {room.dy, 1, C, x.p, x.ld, b.count});
+  }
+};
+
+}  // namespace
+}  // namespace RACE_NAMESPACE
+}  // namespace race

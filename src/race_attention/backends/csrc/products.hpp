@@ -1,0 +1,140 @@
+// The two small matrix products that everything is made of.
+#pragma once
+
+#include "simd.hpp"
+
+namespace race {
+namespace RACE_NAMESPACE {
+namespace {
+
+// out[a * ldo + b] = sum over d of left[a][d] * right[b][d]: rows against rows, lanes along d. W sums are taken at a
+// time, so that the sums across lanes cost 3 (W - 1) operations for W results. `d` is a multiple of W, `nb` of Tb.
+template <class T>
+struct DotTile {
+  static constexpr int b = W<T> >= 8 ? 4 : 2;
+  static constexpr int a = W<T> / b;
+};
+
+template <class T>
+RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const T* right, i64 ldr, i64 nb, i64 d) {
+  constexpr int A = DotTile<T>::a, B = DotTile<T>::b;
+  for (i64 b0 = 0; b0 < nb; b0 += B)
+    for (i64 a0 = 0; a0 < na; a0 += A) {
+      const T* rows[A];
+      for (int i = 0; i < A; ++i) rows[i] = left + min_of(a0 + i, na - 1) * ldl;
+      const T* columns = right + b0 * ldr;
+      V<T> acc[A * B] = {};
+      for (i64 k = 0; k < d; k += W<T>) {
+        V<T> y[B];
+#pragma GCC unroll 16
+        for (int j = 0; j < B; ++j) y[j] = load(columns + j * ldr + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < A; ++i) {
+          V<T> x = load(rows[i] + k);
+#pragma GCC unroll 16
+          for (int j = 0; j < B; ++j) acc[i * B + j] += x * y[j];
+        }
+      }
+      V<T> result = sums<T>(acc);
+      for (int i = 0; i < A && a0 + i < na; ++i)
+        for (int j = 0; j < B; ++j) out[(a0 + i) * ldo + b0 + j] = result[i * B + j];
+    }
+}
+
+// One factor pair of `combine`: sum over k of x[k * xk + i * xi] * rows[k * ld + column].
+template <class T>
+struct Pair {
+  const T* x;
+  i64 xk, xi;
+  const T* rows;
+  i64 ld, k;
+};
+
+enum class To { kSet, kAdd };
+
+template <class T, int M, int N>
+RACE_INLINE void take(V<T> (&acc)[M][N], const Pair<T>& p, i64 i, i64 column, i64 count) {
+  const T* x = p.x + i * p.xi;
+  const T* r = p.rows + column;
+  for (i64 k = 0; k < count; ++k, x += p.xk, r += p.ld) {
+    V<T> y[N];
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) y[j] = load(r + j * W<T>);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      V<T> c = splat<T>(x[m * p.xi]);
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) acc[m][j] += c * y[j];
+    }
+  }
+}
+
+template <class T>
+struct Combine {
+  T* out;
+  i64 ldo;
+  T* second;  // gets the same added, where not null
+  Pair<T> a, b;
+  bool triangular;  // row i takes only the first i + 1 of b, up to the end of its tile
+  To to;
+  T factor;  // out = factor * (out + sum)
+
+  template <int M, int N>
+  RACE_INLINE void tile(i64 i, i64 column) const {
+    V<T> acc[M][N] = {};
+    take<T, M, N>(acc, a, i, column, a.k);
+    if (b.k) take<T, M, N>(acc, b, i, column, triangular ? min_of(b.k, i + M) : b.k);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) {
+        T* o = out + (i + m) * ldo + column + j * W<T>;
+        if (to == To::kSet) {
+          store<T>(o, acc[m][j]);
+          continue;
+        }
+        store<T>(o, factor * (load(o) + acc[m][j]));
+        if (second) {
+          T* s = second + (i + m) * ldo + column + j * W<T>;
+          store<T>(s, factor * (load(s) + acc[m][j]));
+        }
+      }
+  }
+  template <int N>
+  RACE_INLINE void panel(i64 m, i64 column) const {
+    constexpr int M = RACE_BYTES == 64 ? 8 : 4;
+    i64 i = 0;
+    for (; i + M <= m; i += M) tile<M, N>(i, column);
+    if (M == 8 && i + 4 <= m) {
+      tile<4, N>(i, column);
+      i += 4;
+    }
+    if (i + 2 <= m) {
+      tile<2, N>(i, column);
+      i += 2;
+    }
+    if (i < m) tile<1, N>(i, column);
+  }
+};
+
+// out[i][column] (+)= both pairs' sums, for m rows i and `columns` columns (a multiple of W), lanes along columns.
+template <class T>
+__attribute__((noinline)) void combine(const Combine<T>& c, i64 m, i64 columns) {
+  const Combine<T> copy = c;
+  i64 column = 0;
+  for (; column + 2 * W<T> <= columns; column += 2 * W<T>) copy.template panel<2>(m, column);
+  if (column < columns) copy.template panel<1>(m, column);
+}
+
+template <class T>
+RACE_INLINE void set_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, Pair<T> b = {}, bool triangular = false) {
+  combine<T>({out, ldo, nullptr, a, b, triangular, To::kSet, T(1)}, m, columns);
+}
+template <class T>
+RACE_INLINE void add_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, T factor = 1, T* second = nullptr) {
+  combine<T>({out, ldo, second, a, {}, false, To::kAdd, factor}, m, columns);
+}
+
+}  // namespace
+}  // namespace RACE_NAMESPACE
+}  // namespace race

@@ -1,0 +1,145 @@
+// The memory of one thread: running states, tiles of one block, factors of one run.
+#pragma once
+
+#include "tokens.hpp"
+
+namespace race {
+namespace RACE_NAMESPACE {
+namespace {
+
+// Cuts arrays off a block of memory; without one it only counts.
+class Cutter {
+ public:
+  explicit Cutter(void* memory) : at_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(i64 count) {
+    char* mine = at_ ? at_ + used_ : nullptr;
+    used_ += static_cast<std::size_t>(round_up(count * i64(sizeof(T)), 64)) + 64;
+    return reinterpret_cast<T*>(mine);
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* at_;
+  std::size_t used_ = 0;
+};
+
+struct Sizes {
+  i64 dim, value, ld;  // padded D and Dv, and a state's row: values, filling, mass at `value`
+};
+
+template <class T>
+RACE_INLINE Sizes sizes(const Problem& p) {
+  const i64 line = 64 / sizeof(T);
+  Sizes s{round_up(p.a->dim, W<T>), round_up(p.a->value_dim, W<T>), 0};
+  s.ld = round_up(s.value + 1, line);
+  if (s.ld / line % 2 == 0) s.ld += line;  // an odd number of cache lines: rows fall into different cache sets
+  return s;
+}
+
+// A state that runs over tokens. A token in float32 would vanish in a sum over 2^24 others, so three sums are kept:
+//   base   before the piece, float64; `kept` is what decay leaves of it
+//   acc    the piece's runs so far, float64
+//   sum    the run so far, in T, from zero
+// and w = kept * base + acc + sum in T for reading, which is renewed at each run.
+template <class T>
+struct Running {
+  T *w, *sum;
+  double *base, *acc;
+  double kept;
+  i64 size;
+
+  RACE_INLINE void clear() {
+    for (i64 i = 0; i < size; ++i) base[i] = acc[i] = 0;
+    kept = 1;
+  }
+  RACE_INLINE void start_run() {
+    for (i64 i = 0; i < size; ++i) {
+      w[i] = static_cast<T>(kept * base[i] + acc[i]);
+      sum[i] = 0;
+    }
+  }
+  RACE_INLINE void end_run(double factor) {
+    for (i64 i = 0; i < size; ++i) acc[i] = factor * acc[i] + static_cast<double>(sum[i]);
+    kept *= factor;
+  }
+  RACE_INLINE void next_piece() {
+    for (i64 i = 0; i < size; ++i) {
+      base[i] = kept * base[i] + acc[i];
+      acc[i] = 0;
+    }
+    kept = 1;
+  }
+  RACE_INLINE void scale(T factor) {
+    for (i64 i = 0; i < size; ++i) {
+      w[i] *= factor;
+      sum[i] *= factor;
+    }
+  }
+};
+
+// Tokens that are handled together: their decays are counted from the state before the first.
+template <class T>
+struct Block {
+  i64 begin, count;
+  T before, over;  // factors of the state: before the block (almost always 1), and over it
+};
+
+template <class T>
+struct Room {
+  Sizes size;
+  Running<T> state, adjoint;
+  Block<T>* blocks;
+  i64 block_count;
+  double run_factor;
+  T *query_factor, *key_factor;  // [run] exp(g) and exp(-g)
+  T *x, *v, *q, *grad, *scaled, *out;
+  T *pk, *pq, *dphi, *y, *dy;
+  Slopes<T> slopes;
+  T *scores, *other;  // [C][C]
+  T *part_k, *part_q, *den, *inverse, *den_adjoint, *lift, *total;
+  T *key_term;  // [run]
+  T *dw, *dbeta;
+
+  Room(const Problem& p, Cutter& cut) : size(sizes<T>(p)) {
+    const i64 S = p.states, LP = p.projections, run = p.a->run;
+    Running<T>* const running[] = {&state, &adjoint};
+    for (Running<T>* s : running) {
+      s->size = S * size.ld;
+      s->w = cut.take<T>(s->size);
+      s->sum = cut.take<T>(s->size);
+      s->base = cut.take<double>(s->size);
+      s->acc = cut.take<double>(s->size);
+      s->kept = 1;
+      for (i64 i = 0; s->w && i < s->size; ++i) s->w[i] = 0;  // filling between rows' ends is read, never used
+    }
+    blocks = cut.take<Block<T>>(run);
+    query_factor = cut.take<T>(run);
+    key_factor = cut.take<T>(run);
+    key_term = cut.take<T>(run);
+    x = cut.take<T>(C * size.dim);
+    q = cut.take<T>(C * size.dim);
+    v = cut.take<T>(C * size.value);
+    grad = cut.take<T>(C * size.value);
+    scaled = cut.take<T>(C * size.value);
+    out = cut.take<T>(C * max_of(size.dim, size.value));
+    pk = cut.take<T>(S * C);
+    pq = cut.take<T>(S * C);
+    dphi = cut.take<T>(S * C);
+    T** const of_planes[] = {&y, &dy, &slopes.inverse_up, &slopes.inverse_down, &slopes.to_projection, &slopes.to_beta};
+    for (T** a : of_planes)
+      *a = cut.take<T>(LP * C);
+    scores = cut.take<T>(C * C);
+    other = cut.take<T>(C * C);
+    T** const of_tokens[] = {&part_k, &part_q, &den, &inverse, &den_adjoint, &lift, &total};
+    for (T** a : of_tokens) *a = cut.take<T>(C);
+    dw = cut.take<T>(LP * size.dim);
+    dbeta = cut.take<T>(W<T>);
+    block_count = 0;
+    run_factor = 1;
+  }
+};
+
+}  // namespace
+}  // namespace RACE_NAMESPACE
+}  // namespace race

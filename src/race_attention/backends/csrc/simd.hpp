@@ -1,0 +1,254 @@
+// Vectors of T, RACE_BYTES wide, on the vector extensions of GCC and clang; exp and tanh on them.
+//
+// Everything lies in an unnamed namespace inside the instruction set's own, so that no copy of a function compiled
+// for one instruction set can be linked into another. For the same reason no function of the standard library is
+// called here that might be inlined from a template.
+#pragma once
+
+#include "problem.hpp"
+
+#define RACE_INLINE inline __attribute__((always_inline))
+
+namespace race {
+namespace RACE_NAMESPACE {
+namespace {
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  using Int = std::int32_t;
+  typedef float V __attribute__((vector_size(RACE_BYTES)));
+  typedef float U __attribute__((vector_size(RACE_BYTES), aligned(4), may_alias));
+  typedef Int I __attribute__((vector_size(RACE_BYTES)));
+};
+template <>
+struct Simd<double> {
+  using Int = std::int64_t;
+  typedef double V __attribute__((vector_size(RACE_BYTES)));
+  typedef double U __attribute__((vector_size(RACE_BYTES), aligned(8), may_alias));
+  typedef Int I __attribute__((vector_size(RACE_BYTES)));
+};
+template <class T>
+using V = typename Simd<T>::V;
+template <class T>
+using IV = typename Simd<T>::I;
+template <class T>
+constexpr int W = RACE_BYTES / sizeof(T);
+
+template <class T>
+RACE_INLINE V<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::U*>(p);
+}
+template <class T>
+RACE_INLINE void store(T* p, V<T> x) {
+  *reinterpret_cast<typename Simd<T>::U*>(p) = x;
+}
+template <class T>
+RACE_INLINE void put(T* p, V<T> x) {  // `store` inside classes that have a member of that name
+  store<T>(p, x);
+}
+template <class T>
+RACE_INLINE V<T> splat(T x) {
+  return V<T>{} + x;
+}
+RACE_INLINE i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
+RACE_INLINE i64 max_of(i64 a, i64 b) { return a > b ? a : b; }
+RACE_INLINE i64 round_up(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
+
+// ---- sums across lanes --------------------------------------------------------------------------------
+
+template <int... Is>
+struct Lanes {};
+
+template <class T, int... Is>
+RACE_INLINE V<T> shuffle(V<T> a, V<T> b, Lanes<Is...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Is...);
+#else
+  return __builtin_shuffle(a, b, IV<T>{Is...});
+#endif
+}
+
+// For W vectors the vector of their W sums, in order: W - 1 additions and twice as many shuffles. First halves are
+// added until each 128 bits belong to one vector, then within them.
+template <class T, int Width>
+struct Sums;
+
+template <>
+struct Sums<float, 4> {
+  static RACE_INLINE V<float> within(V<float>* z) {
+    using A = Lanes<0, 1, 4, 5>;
+    using B = Lanes<2, 3, 6, 7>;
+    V<float> x = shuffle<float>(z[0], z[1], A{}) + shuffle<float>(z[0], z[1], B{});
+    V<float> y = shuffle<float>(z[2], z[3], A{}) + shuffle<float>(z[2], z[3], B{});
+    return shuffle<float>(x, y, Lanes<0, 2, 4, 6>{}) + shuffle<float>(x, y, Lanes<1, 3, 5, 7>{});
+  }
+  static RACE_INLINE V<float> of(V<float>* a) { return within(a); }
+};
+template <>
+struct Sums<double, 2> {
+  static RACE_INLINE V<double> of(V<double>* z) {
+    return shuffle<double>(z[0], z[1], Lanes<0, 2>{}) + shuffle<double>(z[0], z[1], Lanes<1, 3>{});
+  }
+};
+#if RACE_BYTES >= 32
+template <>
+struct Sums<float, 8> {
+  static RACE_INLINE V<float> of(V<float>* a) {
+    V<float> z[4];
+    for (int i = 0; i < 4; ++i)
+      z[i] = shuffle<float>(a[i], a[i + 4], Lanes<0, 1, 2, 3, 8, 9, 10, 11>{}) +
+             shuffle<float>(a[i], a[i + 4], Lanes<4, 5, 6, 7, 12, 13, 14, 15>{});
+    using A = Lanes<0, 1, 8, 9, 4, 5, 12, 13>;
+    using B = Lanes<2, 3, 10, 11, 6, 7, 14, 15>;
+    V<float> x = shuffle<float>(z[0], z[1], A{}) + shuffle<float>(z[0], z[1], B{});
+    V<float> y = shuffle<float>(z[2], z[3], A{}) + shuffle<float>(z[2], z[3], B{});
+    return shuffle<float>(x, y, Lanes<0, 2, 8, 10, 4, 6, 12, 14>{}) +
+           shuffle<float>(x, y, Lanes<1, 3, 9, 11, 5, 7, 13, 15>{});
+  }
+};
+template <>
+struct Sums<double, 4> {
+  static RACE_INLINE V<double> of(V<double>* a) {
+    V<double> z[2];
+    for (int i = 0; i < 2; ++i)
+      z[i] = shuffle<double>(a[i], a[i + 2], Lanes<0, 1, 4, 5>{}) + shuffle<double>(a[i], a[i + 2], Lanes<2, 3, 6, 7>{});
+    return shuffle<double>(z[0], z[1], Lanes<0, 4, 2, 6>{}) + shuffle<double>(z[0], z[1], Lanes<1, 5, 3, 7>{});
+  }
+};
+#endif
+#if RACE_BYTES >= 64
+template <>
+struct Sums<float, 16> {
+  static RACE_INLINE V<float> halves(V<float> a, V<float> b) {
+    return shuffle<float>(a, b, Lanes<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>{}) +
+           shuffle<float>(a, b, Lanes<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>{});
+  }
+  static RACE_INLINE V<float> of(V<float>* a) {
+    V<float> z[4];
+    for (int i = 0; i < 4; ++i) {
+      V<float> x = halves(a[i], a[i + 4]), y = halves(a[i + 8], a[i + 12]);
+      z[i] = shuffle<float>(x, y, Lanes<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>{}) +
+             shuffle<float>(x, y, Lanes<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>{});
+    }
+    using A = Lanes<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>;
+    using B = Lanes<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>;
+    V<float> x = shuffle<float>(z[0], z[1], A{}) + shuffle<float>(z[0], z[1], B{});
+    V<float> y = shuffle<float>(z[2], z[3], A{}) + shuffle<float>(z[2], z[3], B{});
+    return shuffle<float>(x, y, Lanes<0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30>{}) +
+           shuffle<float>(x, y, Lanes<1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31>{});
+  }
+};
+template <>
+struct Sums<double, 8> {
+  static RACE_INLINE V<double> halves(V<double> a, V<double> b) {
+    return shuffle<double>(a, b, Lanes<0, 1, 2, 3, 8, 9, 10, 11>{}) +
+           shuffle<double>(a, b, Lanes<4, 5, 6, 7, 12, 13, 14, 15>{});
+  }
+  static RACE_INLINE V<double> of(V<double>* a) {
+    V<double> z[2];
+    for (int i = 0; i < 2; ++i) {
+      V<double> x = halves(a[i], a[i + 2]), y = halves(a[i + 4], a[i + 6]);
+      z[i] = shuffle<double>(x, y, Lanes<0, 1, 4, 5, 8, 9, 12, 13>{}) +
+             shuffle<double>(x, y, Lanes<2, 3, 6, 7, 10, 11, 14, 15>{});
+    }
+    return shuffle<double>(z[0], z[1], Lanes<0, 8, 2, 10, 4, 12, 6, 14>{}) +
+           shuffle<double>(z[0], z[1], Lanes<1, 9, 3, 11, 5, 13, 7, 15>{});
+  }
+};
+#endif
+
+template <class T>
+RACE_INLINE V<T> sums(V<T>* a) {
+  return Sums<T, W<T>>::of(a);
+}
+template <class T>
+RACE_INLINE T sum(V<T> a) {
+  T total = 0;
+  for (int i = 0; i < W<T>; ++i) total += a[i];
+  return total;
+}
+
+// ---- exp and tanh --------------------------------------------------------------------------------------
+
+template <class T>
+RACE_INLINE V<T> select(IV<T> mask, V<T> yes, V<T> no) {
+  return mask ? yes : no;
+}
+// exp(x) for x <= 0: within 1 ulp, and at least exp(-87) (float32) or exp(-708) (float64), which stand for 0.
+RACE_INLINE V<float> exp_negative(V<float> x) {
+  x = select<float>(x > -87.0f, x, splat<float>(-87.0f));
+  const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  V<float> shifted = x * 1.44269504088896341f + magic;
+  V<float> n = shifted - magic;
+  V<float> r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  V<float> p = splat<float>(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  V<float> y = p * (r * r) + r + 1.0f;
+  return y * (V<float>)(((IV<float>)shifted + 127) << 23);
+}
+
+RACE_INLINE V<double> exp_negative(V<double> x) {
+  x = select<double>(x > -708.0, x, splat<double>(-708.0));
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  V<double> shifted = x * 1.4426950408889634074 + magic;
+  V<double> n = shifted - magic;
+  V<double> r = x - n * 6.93147180369123816490e-01;
+  r = r - n * 1.90821492927058770002e-10;
+  V<double> p = splat<double>(1.0 / 6227020800.0);  // Taylor: |r| <= ln(2) / 2 leaves 5e-18
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  V<double> y = p * (r * r) + r + 1.0;
+  return y * (V<double>)(((IV<double>)shifted + 1023) << 52);
+}
+
+// tanh(x) / x - 1 for |x| < 0.625, as a function of x^2 (Cephes).
+RACE_INLINE V<float> tanh_small(V<float> z) {
+  V<float> p = splat<float>(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return p * z;
+}
+RACE_INLINE V<double> tanh_small(V<double> z) {
+  V<double> p = splat<double>(-9.64399179425052238628e-1);
+  p = p * z - 9.92877231001918586564e1;
+  p = p * z - 1.61468768441708447952e3;
+  V<double> q = z + 1.12811678491632931402e2;
+  q = q * z + 2.23548839060100448583e3;
+  q = q * z + 4.84406305325125486048e3;
+  return p / q * z;
+}
+
+// tanh(x) within 2 ulp, and its derivative 4e / (1 + e)^2 with e = exp(-2 |x|), which never cancels.
+template <class T>
+RACE_INLINE V<T> tanh_and_slope(V<T> x, V<T>* slope) {
+  V<T> size = select<T>(x < T(0), -x, x);
+  V<T> e = exp_negative(size * T(-2));
+  V<T> r = T(1) / (e + T(1));
+  *slope = T(4) * e * (r * r);
+  V<T> large = T(1) - T(2) * e * r;
+  V<T> small = size * tanh_small(size * size) + size;
+  V<T> t = select<T>(size < T(0.625), small, large);
+  return select<T>(x < T(0), -t, t);
+}
+
+}  // namespace
+}  // namespace RACE_NAMESPACE
+}  // namespace race
