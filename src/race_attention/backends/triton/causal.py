@@ -13,6 +13,7 @@ import triton.language as tl
 from .device import (
     bucket_gradients,
     buckets,
+    corner_signs,
     dot,
     fine_dot,
     keys_inside,
@@ -22,14 +23,15 @@ from .device import (
     load_state,
     operand,
     project,
+    reciprocal,
     run_bounds,
-    split_planes,
     store_planes,
     store_rows,
     store_state,
+    whole_rows,
 )
 
-NEVER_SPECIALIZED = ["B", "T", "RUN", "NC", "G", "SHARE", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh"]
+NEVER_SPECIALIZED = ["B", "T", "RUN", "NC", "G", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh"]
 NEVER_SPECIALIZED += ["mb", "mt", "mh", "gb", "gt", "gh", "ob", "ot", "oh"]
 
 
@@ -39,39 +41,40 @@ def readout_kernel(
     qb: tl.int64, qt: tl.int64, qh: tl.int64, kb: tl.int64, kt: tl.int64, kh: tl.int64,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
     gb: tl.int64, gt: tl.int64, gh: tl.int64,
-    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, SHARE: tl.int64,
-    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, C: tl.constexpr,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, C: tl.constexpr,
     LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """out of a run of queries (programs: runs * H). ``out`` is contiguous [B, T, H, V]."""
     S: tl.constexpr = L << P
-    SP: tl.constexpr = LT << P
     H = G * SHARE
     run = tl.program_id(0) // H
     head = tl.program_id(0) - run * H
     group = head // SHARE
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    query += batch * qb + head * qh
-    key += batch * kb + group * kh
-    value += batch * vb + group * vh
+    query += whole_rows(batch * qb + head * qh, ALIGNED)
+    key += whole_rows(batch * kb + group * kh, ALIGNED)
+    value += whole_rows(batch * vb + group * vh, ALIGNED)
     key_mask += batch * mb + group * mh
     log_decay += batch * gb + group * gh
     out += (batch * T * H + head) * V
     b = tl.load(beta + group)
-    w = load_planes(planes, group, 0, L, D, DP, P, LT, P2, P)
+    w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+    up, down = corner_signs(0, P, N, SP, PRECISION)
     value_sum, mass = load_state(before + (run.to(tl.int64) * G + group) * (S * (V + 1)), 0, S, SP, V, VP)
     c = tl.arange(0, C)
     past = c[:, None] >= c[None, :]
 
     for t in range(start, end, C):
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        q = operand(load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED), PRECISION)
-        k = operand(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), PRECISION)
-        v = operand(load_rows(value, vt, t, inside, C, V, VP, ALIGNED), PRECISION)
-        phi_q = operand(buckets(split_planes(project(q, w, PRECISION), C, LT, P2), b, 0, L, C, P, LT, P, LIFT), PRECISION)
-        phi_k = buckets(split_planes(project(k, w, PRECISION), C, LT, P2), b, 0, L, C, P, LT, P, LIFT)
+        q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
+        k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
+        v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
+        phi_q = buckets(project(q, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
+        phi_q = operand(phi_q, PRECISION)
+        phi_k = buckets(project(k, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
         phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
 
         score = tl.where(past, dot(phi_q, tl.trans(phi_k), PRECISION), 0.0)
@@ -85,9 +88,9 @@ def readout_kernel(
             numerator *= since[:, None]
             denominator *= since
         score = operand(score, PRECISION)
-        numerator += dot(score, v, PRECISION)
+        numerator += dot(score, operand(v, PRECISION), PRECISION)
         denominator += tl.sum(score.to(tl.float32), 1)
-        inverse = tl.where(denominator > 0, 1.0 / tl.where(denominator > 0, denominator, 1.0), 0.0)  # 0 where a query sees no key
+        inverse = reciprocal(denominator)
         store_rows(out, H * V, t, t + c < end, numerator * inverse[:, None], C, V, VP)
 
         if HAS_DECAY:
@@ -96,7 +99,7 @@ def readout_kernel(
             mass *= kept
             left = tl.exp((all_whole - whole) + (all_part - part))
             phi_k = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
-        value_sum += dot(tl.trans(phi_k), v, PRECISION)
+        value_sum += dot(tl.trans(phi_k), operand(v, PRECISION), PRECISION)
         mass += tl.sum(phi_k.to(tl.float32), 0)
 
 
@@ -107,9 +110,9 @@ def query_gradient_kernel(
     qb: tl.int64, qt: tl.int64, qh: tl.int64, kb: tl.int64, kt: tl.int64, kh: tl.int64,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
-    B: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, SHARE: tl.int64,
-    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, C: tl.constexpr,
+    B: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, C: tl.constexpr,
     LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
@@ -120,42 +123,42 @@ def query_gradient_kernel(
     (delta, 1/den) of every query, [2, B, H, T], for :func:`key_gradient_kernel`.
     """
     S: tl.constexpr = L << P
-    SP: tl.constexpr = LT << P
     H = G * SHARE
     run = tl.program_id(0) // H
     head = tl.program_id(0) - run * H
     group = head // SHARE
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    query += batch * qb + head * qh
-    key += batch * kb + group * kh
-    value += batch * vb + group * vh
-    grad_out += batch * ob + head * oh
+    query += whole_rows(batch * qb + head * qh, ALIGNED)
+    key += whole_rows(batch * kb + group * kh, ALIGNED)
+    value += whole_rows(batch * vb + group * vh, ALIGNED)
+    grad_out += whole_rows(batch * ob + head * oh, ALIGNED)
     key_mask += batch * mb + group * mh
     log_decay += batch * gb + group * gh
     grad_query += (batch * T * H + head) * D
     delta_at = per_query + (batch * H + head) * T
     inverse_at = delta_at + B * H * T
     b = tl.load(beta + group)
-    w = load_planes(planes, group, 0, L, D, DP, P, LT, P2, P)
+    w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+    up, down = corner_signs(0, P, N, SP, PRECISION)
     value_sum, mass = load_state(before + (run.to(tl.int64) * G + group) * (S * (V + 1)), 0, S, SP, V, VP)
     c = tl.arange(0, C)
     past = c[:, None] >= c[None, :]
     grad_sum = tl.zeros([SP, VP], tl.float32)  # of the state before this run
     grad_mass = tl.zeros([SP], tl.float32)
     kept_so_far = tl.full([], 1.0, tl.float32)
-    planes_sum = tl.zeros([LT * P2, DP], tl.float32)
-    beta_sum = tl.zeros([C, LT], tl.float32)
+    planes_sum = tl.zeros([N, DP], tl.float32)
+    beta_sum = tl.zeros([C, N], tl.float32)
 
     for t in range(start, end, C):
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        q = operand(load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED), PRECISION)
-        k = operand(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), PRECISION)
-        v = operand(load_rows(value, vt, t, inside, C, V, VP, ALIGNED), PRECISION)
-        do = operand(load_rows(grad_out, ot, t, t + c < end, C, V, VP, ALIGNED), PRECISION)
-        ys = split_planes(project(q, w, PRECISION), C, LT, P2)
-        full_phi = buckets(ys, b, 0, L, C, P, LT, P, LIFT)
+        q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
+        k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
+        v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
+        do = load_rows(grad_out, ot, t, t + c < end, C, V, VP, ALIGNED)
+        y = project(q, w, PRECISION)
+        full_phi = buckets(y, b, up, down, 0, S, SP, LIFT, PRECISION)
         phi_q = operand(full_phi, PRECISION)
-        phi_k = buckets(split_planes(project(k, w, PRECISION), C, LT, P2), b, 0, L, C, P, LT, P, LIFT)
+        phi_k = buckets(project(k, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
         phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
 
         weight = tl.where(past, 1.0, 0.0)
@@ -166,7 +169,7 @@ def query_gradient_kernel(
             since = tl.exp(whole + part)
         score = dot(phi_q, tl.trans(phi_k), PRECISION) * weight
         score_rounded = operand(score, PRECISION).to(tl.float32)
-        along = dot(do, tl.trans(v), PRECISION)  # grad_out_i . v_j
+        along = dot(operand(do, PRECISION), tl.trans(operand(v, PRECISION)), PRECISION)  # grad_out_i . v_j
         along_state = fine_dot(do, tl.trans(value_sum), PRECISION)  # grad_out_i . value_sum[s]
         mass_seen = tl.broadcast_to(mass[None, :], [C, SP])
         if HAS_DECAY:
@@ -174,18 +177,18 @@ def query_gradient_kernel(
             mass_seen *= since[:, None]
         rounded = phi_q.to(tl.float32)
         denominator = tl.sum(rounded * mass_seen, 1) + tl.sum(score_rounded, 1)
-        inverse = tl.where(denominator > 0, 1.0 / tl.where(denominator > 0, denominator, 1.0), 0.0)
+        inverse = reciprocal(denominator)
         delta = (tl.sum(rounded * along_state, 1) + tl.sum(score_rounded * along, 1)) * inverse
         tl.store(delta_at + t + c, delta, mask=t + c < end)
         tl.store(inverse_at + t + c, inverse, mask=t + c < end)
 
         grad_score = operand((along - delta[:, None]) * weight * inverse[:, None], PRECISION)
         grad_phi = (along_state - delta[:, None] * mass_seen) * inverse[:, None] + dot(grad_score, phi_k, PRECISION)
-        grad_y, grad_beta = bucket_gradients(grad_phi * full_phi, ys, b, 0, C, P, LT, P2, P)
+        grad_y, grad_beta = bucket_gradients(grad_phi * full_phi, y, b, up, down, PRECISION)
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
         if NEED_PLANES:
-            planes_sum += dot(tl.trans(grad_y), q, PRECISION)
+            planes_sum += dot(tl.trans(grad_y), operand(q, PRECISION), PRECISION)
         dq = dot(grad_y, operand(w, PRECISION), PRECISION)
         store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
 
@@ -193,7 +196,7 @@ def query_gradient_kernel(
         if HAS_DECAY:
             seen *= (since * kept_so_far)[:, None]
         seen = operand(seen, PRECISION)
-        grad_sum += dot(tl.trans(seen), do, PRECISION)
+        grad_sum += dot(tl.trans(seen), operand(do, PRECISION), PRECISION)
         grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
         if HAS_DECAY:
             kept = tl.exp(all_whole + all_part)
@@ -202,14 +205,14 @@ def query_gradient_kernel(
             mass *= kept
             left = tl.exp((all_whole - whole) + (all_part - part))
             phi_k = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
-        value_sum += dot(tl.trans(phi_k), v, PRECISION)
+        value_sum += dot(tl.trans(phi_k), operand(v, PRECISION), PRECISION)
         mass += tl.sum(phi_k.to(tl.float32), 0)
 
     program = run.to(tl.int64) * H + head
     store_state(adjoints + program * (S * (V + 1)), 0, grad_sum, grad_mass, S, SP, V, VP)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
     if NEED_PLANES:
-        store_planes(planes_parts, program, planes_sum, LT * P2, D, DP)
+        store_planes(planes_parts, program, planes_sum, N, D, DP)
 
 
 @triton.jit(do_not_specialize=NEVER_SPECIALIZED)
@@ -219,9 +222,9 @@ def key_gradient_kernel(
     qb: tl.int64, qt: tl.int64, qh: tl.int64, kb: tl.int64, kt: tl.int64, kh: tl.int64,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
-    B: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, SHARE: tl.int64,
-    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, C: tl.constexpr,
+    B: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, C: tl.constexpr,
     LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
@@ -233,15 +236,14 @@ def key_gradient_kernel(
     gradient (``at_the_end`` [rows, G] for the last run of a row), inside it minus the sum of phi_k . grad phi_k.
     """
     S: tl.constexpr = L << P
-    SP: tl.constexpr = LT << P
     H = G * SHARE
     run = tl.program_id(0) // G
     group = tl.program_id(0) - run * G
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    query += batch * qb + group * SHARE * qh
-    key += batch * kb + group * kh
-    value += batch * vb + group * vh
-    grad_out += batch * ob + group * SHARE * oh
+    query += whole_rows(batch * qb + group * SHARE * qh, ALIGNED)
+    key += whole_rows(batch * kb + group * kh, ALIGNED)
+    value += whole_rows(batch * vb + group * vh, ALIGNED)
+    grad_out += whole_rows(batch * ob + group * SHARE * oh, ALIGNED)
     key_mask += batch * mb + group * mh
     log_decay += batch * gb + group * gh
     grad_key += (batch * T * G + group) * D
@@ -250,13 +252,14 @@ def key_gradient_kernel(
     per_query += (batch * H + group * SHARE) * T
     inverses = B * H * T
     b = tl.load(beta + group)
-    w = load_planes(planes, group, 0, L, D, DP, P, LT, P2, P)
+    w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+    up, down = corner_signs(0, P, N, SP, PRECISION)
     program = run.to(tl.int64) * G + group
     grad_sum, grad_mass = load_state(after + program * (S * (V + 1)), 0, S, SP, V, VP)
     c = tl.arange(0, C)
     past = c[:, None] <= c[None, :]  # keys down, queries across
-    planes_sum = tl.zeros([LT * P2, DP], tl.float32)
-    beta_sum = tl.zeros([C, LT], tl.float32)
+    planes_sum = tl.zeros([N, DP], tl.float32)
+    beta_sum = tl.zeros([C, N], tl.float32)
     if HAS_DECAY:
         if last:
             crossing = tl.load(at_the_end + row * G + group)
@@ -268,10 +271,10 @@ def key_gradient_kernel(
     for i in range(0, blocks):
         t = start + (blocks - 1 - i) * C
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        k = operand(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), PRECISION)
-        v = operand(load_rows(value, vt, t, inside, C, V, VP, ALIGNED), PRECISION)
-        ys = split_planes(project(k, w, PRECISION), C, LT, P2)
-        full_phi = tl.where(inside[:, None], buckets(ys, b, 0, L, C, P, LT, P, LIFT), 0.0)
+        k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
+        v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
+        y = project(k, w, PRECISION)
+        full_phi = tl.where(inside[:, None], buckets(y, b, up, down, 0, S, SP, LIFT, PRECISION), 0.0)
         phi_k = operand(full_phi, PRECISION)
         weight = tl.where(past, 1.0, 0.0)
         phi_left = phi_k
@@ -282,46 +285,49 @@ def key_gradient_kernel(
             weight = tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
             since = tl.exp(whole + part)
             left = tl.exp((all_whole - whole) + (all_part - part))
-            grad_phi *= left[:, None]
             phi_left = operand(full_phi * left[:, None], PRECISION)
+            of_key = tl.sum(grad_phi * phi_left.to(tl.float32), 1)  # phi_k . grad phi_k, of the weights as rounded
+            grad_phi *= left[:, None]
             kept = tl.exp(all_whole + all_part)
         dv = dot(phi_left, operand(grad_sum, PRECISION), PRECISION)
         if HAS_DECAY:
             grad_sum *= kept
             grad_mass *= kept
         for share in range(SHARE):
-            q = operand(load_rows(query + share * qh, qt, t, t + c < end, C, D, DP, ALIGNED), PRECISION)
-            do = operand(load_rows(grad_out + share * oh, ot, t, t + c < end, C, V, VP, ALIGNED), PRECISION)
+            share_q, share_o = whole_rows(share * qh, ALIGNED), whole_rows(share * oh, ALIGNED)
+            q = load_rows(query + share_q, qt, t, t + c < end, C, D, DP, ALIGNED)
+            do = load_rows(grad_out + share_o, ot, t, t + c < end, C, V, VP, ALIGNED)
             delta = tl.load(per_query + share * T + t + c, mask=t + c < end, other=0.0)
             inverse = tl.load(per_query + inverses + share * T + t + c, mask=t + c < end, other=0.0)
-            phi_q = buckets(split_planes(project(q, w, PRECISION), C, LT, P2), b, 0, L, C, P, LT, P, LIFT)
+            phi_q = buckets(project(q, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
             seen = phi_q * inverse[:, None]
             phi_q = operand(phi_q, PRECISION)
-            score = dot(phi_k, tl.trans(phi_q), PRECISION) * weight * inverse[None, :]
-            dv += dot(operand(score, PRECISION), do, PRECISION)
-            along = dot(v, tl.trans(do), PRECISION)
-            grad_score = operand((along - delta[None, :]) * weight * inverse[None, :], PRECISION)
+            score = dot(phi_k, tl.trans(phi_q), PRECISION) * (weight * inverse[None, :])
+            dv += dot(operand(score, PRECISION), operand(do, PRECISION), PRECISION)
+            along = dot(operand(v, PRECISION), tl.trans(operand(do, PRECISION)), PRECISION)
+            along -= delta[None, :]
+            grad_score = operand(along * (weight * inverse[None, :]), PRECISION)
             grad_phi += dot(grad_score, phi_q, PRECISION)
             if HAS_DECAY:
+                of_key += tl.sum(along * score, 1)
                 seen *= since[:, None]
             seen = operand(seen, PRECISION)
-            grad_sum += dot(tl.trans(seen), do, PRECISION)
+            grad_sum += dot(tl.trans(seen), operand(do, PRECISION), PRECISION)
             grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
 
         grad_log = grad_phi * full_phi
         if HAS_DECAY:
-            of_key = tl.sum(grad_log, 1)
             tl.store(grad_decay + (t + c) * G, crossing - tl.cumsum(of_key, 0, reverse=True), mask=t + c < end)
             crossing -= tl.sum(of_key, 0)
-        grad_y, grad_beta = bucket_gradients(grad_log, ys, b, 0, C, P, LT, P2, P)
+        grad_y, grad_beta = bucket_gradients(grad_log, y, b, up, down, PRECISION)
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
         if NEED_PLANES:
-            planes_sum += dot(tl.trans(grad_y), k, PRECISION)
+            planes_sum += dot(tl.trans(grad_y), operand(k, PRECISION), PRECISION)
         dk = dot(grad_y, operand(w, PRECISION), PRECISION)
         store_rows(grad_key, G * D, t, t + c < end, dk, C, D, DP)
         store_rows(grad_value, G * V, t, t + c < end, dv, C, V, VP)
 
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
     if NEED_PLANES:
-        store_planes(planes_parts, program, planes_sum, LT * P2, D, DP)
+        store_planes(planes_parts, program, planes_sum, N, D, DP)

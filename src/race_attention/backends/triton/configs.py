@@ -47,7 +47,7 @@ KERNELS = (
 
 def widest_tile(dim: int, dtype: torch.dtype) -> int:
     """The most buckets that one tile holds, and a program's registers with it."""
-    if dtype == torch.bfloat16 and dim <= 128:
+    if dtype != torch.float32 and dim <= 128:
         return 128
     return 64 if dim <= 128 else 32
 
@@ -69,7 +69,7 @@ def key(kernel: str, dim: int, value_dim: int, buckets: int, dtype: torch.dtype)
 
 
 def _default(kernel: str, dim: int, buckets: int, dtype: torch.dtype) -> Config:
-    if dtype == torch.bfloat16:
+    if dtype != torch.float32:
         if dim <= 128:
             return Config(64, 4, 2) if buckets < 128 else Config(64, 8, 2)
         return Config(32, 8, 1)

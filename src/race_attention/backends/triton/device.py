@@ -3,11 +3,10 @@
 Shape letters are those of :mod:`race_attention.backends.call`; besides them
 
     C   tokens of a block            DP, VP  D and Dv padded to a power of two
-    LT  tables of a bucket tile      SP      buckets of a tile, LT * 2**PL
-    P2  planes padded to 2, 4, 8, 16 PL      planes whose bit a tile resolves; a tile has one value of the others
+    SP  buckets of a tile            N       planes of a tile's tables, padded to a power of two
 
-A tile of buckets is ``LT`` whole tables, or, where one table has more than ``SP`` buckets, the part of a table
-whose upper bits equal the tile's number. Bucket ``s`` of tile ``i`` is always bucket ``i * SP + s`` of the head.
+A tile is SP consecutive buckets of a head: whole tables, or part of one. Bucket ``s`` of tile ``i`` is bucket
+``i * SP + s`` of the head; bit ``p`` of it is the sign of plane ``p``, and its upper bits are the table.
 """
 
 from __future__ import annotations
@@ -41,14 +40,22 @@ def run_bounds(run, table, T, RUN, NC, PACKED: tl.constexpr):
 
 
 @triton.jit
+def whole_rows(elements, ALIGNED: tl.constexpr):
+    """``elements``, in a form that tells the compiler it is a multiple of 8, where the launch found that it is.
+
+    Rows then begin at multiples of 16 bytes and loads are wide, whatever the length: strides are never
+    specialised on, since a batch stride changes with the length.
+    """
+    return elements // 8 * 8 if ALIGNED else elements
+
+
+@triton.jit
 def load_rows(base, stride, start, inside, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALIGNED: tl.constexpr):
     """[C, DP] elements of tokens start .. start + C - 1; zeros where not ``inside`` [C], and past D."""
     c = tl.arange(0, C)
     d = tl.arange(0, DP)
-    if ALIGNED:  # rows begin at multiples of 16 bytes, whatever the length
-        stride = tl.multiple_of(stride, 8)
-        base = tl.multiple_of(base, 16)
-    pointer = (base + start * stride) + (c.to(tl.int64) * stride)[:, None] + d[None, :]
+    step = whole_rows(stride.to(tl.int32), ALIGNED)
+    pointer = (base + start * whole_rows(stride, ALIGNED)) + ((c * step)[:, None] + d[None, :])
     mask = inside[:, None]
     if DP != D:
         mask = mask & (d < D)[None, :]
@@ -60,7 +67,7 @@ def store_rows(base, stride, start, inside, x, C: tl.constexpr, D: tl.constexpr,
     """Writes [C, DP] to the tokens from ``start`` on that are ``inside`` [C]. Rows are contiguous, D apart or more."""
     c = tl.arange(0, C)
     d = tl.arange(0, DP)
-    pointer = (base + start * stride) + (c.to(tl.int64) * stride)[:, None] + d[None, :]
+    pointer = (base + start * stride) + ((c * stride.to(tl.int32))[:, None] + d[None, :])
     mask = inside[:, None]
     if DP != D:
         mask = mask & (d < D)[None, :]
@@ -109,159 +116,106 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x, and 0 where x is 0: a query that sees no key."""
+    return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
+
+
+@triton.jit
 def fine_dot(a, b, PRECISION: tl.constexpr):
-    """a by the float32 b to float32 accuracy for an ``a`` that is exact: what is subtracted next must not be rounded."""
-    if PRECISION == "bf16":
+    """a by the float32 b to float32's accuracy, for an ``a`` that is exact: the next step subtracts."""
+    if PRECISION == "ieee":
+        return tl.dot(a.to(tl.float32), b, input_precision="ieee")
+    else:
         high = b.to(tl.bfloat16)
         low = (b - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(a, high) + tl.dot(a, low)
-    elif PRECISION == "ieee":
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision="tf32x3")
+        coarse = a.to(tl.bfloat16)
+        result = tl.dot(coarse, high) + tl.dot(coarse, low)
+        if a.dtype != tl.bfloat16:  # float16 has three bits more
+            result += tl.dot((a.to(tl.float32) - coarse.to(tl.float32)).to(tl.bfloat16), high)
+        return result
 
 
 @triton.jit
 def load_planes(
-    planes, head, tile, L, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr,
-    PL: tl.constexpr,
+    planes, head, tile, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    SP: tl.constexpr,
 ):  # fmt: skip
-    """[LT * P2, DP] float32 hyperplanes of a tile, row ``table * P2 + plane``; zeros where there is none."""
-    row = tl.arange(0, LT * P2)
+    """[N, DP] float32 hyperplanes of a tile's tables, row ``table * P + plane``; zeros where there is none."""
+    n = tl.arange(0, N)
     d = tl.arange(0, DP)
-    table = (tile >> (P - PL)) * LT + row // P2
-    plane = row % P2
-    pointer = planes + ((head.to(tl.int64) * L + table) * P + plane)[:, None] * D + d[None, :]
-    return tl.load(pointer, mask=((table < L) & (plane < P))[:, None] & (d < D)[None, :], other=0.0)
+    row = ((tile * SP) >> P) * P + n
+    pointer = planes + (head.to(tl.int64) * (L * P) + row)[:, None] * D + d[None, :]
+    return tl.load(pointer, mask=(row < L * P)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def corner_signs(tile, P: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
+    """Which planes are on the +1 side of which buckets, and which on the -1 side: 0 or 1, [N, SP] twice."""
+    n = tl.arange(0, N)[:, None]
+    s = tile * SP + tl.arange(0, SP)[None, :]
+    own = n // P == (s >> P) - ((tile * SP) >> P)
+    bit = (s >> (n % P)) & 1
+    up = tl.where(own & (bit == 1), 1.0, 0.0)
+    down = tl.where(own & (bit == 0), 1.0, 0.0)
+    return operand(up, PRECISION), operand(down, PRECISION)
 
 
 @triton.jit
 def project(x, planes, PRECISION: tl.constexpr):
     """x [C, DP] by the hyperplanes [N, DP] in float32: their bfloat16 rounding alone would cost a percent."""
-    w = tl.trans(planes)
-    return fine_dot(x, w, PRECISION)
+    return fine_dot(x, tl.trans(planes), PRECISION)
 
 
 @triton.jit
-def split_planes(y, C: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr):
-    """y [C, LT * P2] -> P2 of [C, LT]."""
-    if P2 == 2:
-        a, b = tl.split(tl.reshape(y, [C, LT, 2]))
-        return a, b
+def sum_of(x, choice, PRECISION: tl.constexpr):
+    """x by a matrix of zeros and ones, x in two parts of bfloat16 where that is the dots' precision."""
+    if PRECISION == "ieee":
+        return tl.dot(x, choice, input_precision="ieee")
     else:
-        even, odd = tl.split(tl.reshape(y, [C, LT, P2 // 2, 2]))
-        if P2 == 4:
-            a, c = tl.split(even)
-            b, d = tl.split(odd)
-            return a, b, c, d
-        elif P2 == 8:
-            a, c, e, g = split_planes(tl.reshape(even, [C, LT * 4]), C, LT, 4)
-            b, d, f, h = split_planes(tl.reshape(odd, [C, LT * 4]), C, LT, 4)
-            return a, b, c, d, e, f, g, h
-        else:
-            a, c, e, g, i, k, m, o = split_planes(tl.reshape(even, [C, LT * 8]), C, LT, 8)
-            b, d, f, h, j, l, n, p = split_planes(tl.reshape(odd, [C, LT * 8]), C, LT, 8)
-            return a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p
-
-
-@triton.jit
-def two_sides(y, beta):
-    """The factors of sign +1 and -1, (1 - F) sigmoid(+-z) + F/2 with z = 2 beta tanh(y): no cancellation."""
-    decay = tl.exp(-2.0 * tl.abs(y))
-    size = 2.0 * beta * (1.0 - decay) / (1.0 + decay)  # |z|
-    small = tl.exp(-size)
-    large = (1.0 - FLOOR) / (1.0 + small)
-    small = small * large + 0.5 * FLOOR
-    large = large + 0.5 * FLOOR
-    return tl.where(y >= 0, large, small), tl.where(y >= 0, small, large)
+        high = x.to(tl.bfloat16)
+        return tl.dot(high, choice) + tl.dot((x - high.to(tl.float32)).to(tl.bfloat16), choice)
 
 
 @triton.jit
 def buckets(
-    ys, beta, tile, L, C: tl.constexpr, P: tl.constexpr, LT: tl.constexpr, PL: tl.constexpr, LIFT: tl.constexpr,
+    y, beta, up, down, tile, S: tl.constexpr, SP: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """phi [C, SP] of a tile, times LIFT**P, float32; zero past the last table.
+    """phi [C, SP] of a tile, times 2**(LIFT * P), float32; zero past the last bucket.
 
-    Built by products, P at most 10 a bucket, all shared as in a tree: about two multiplications a bucket.
+    The factor of a sign is f+- = (1 - F) sigmoid(+-z) + F/2, z = 2 beta tanh(y), without cancellation at either end;
+    a bucket is the exponential of a sum of their logarithms, and the sum is a product with zeros and ones.
     """
-    phi = tl.full([C, LT, 1], 1.0, tl.float32)
-    for i in tl.static_range(PL):
-        p: tl.constexpr = PL - 1 - i
-        up, down = two_sides(ys[p], beta)
-        both = tl.join(phi * (down * LIFT)[:, :, None], phi * (up * LIFT)[:, :, None])
-        phi = tl.reshape(both, [C, LT, 2 << i])
-    if PL < P:
-        for p in tl.static_range(PL, P):
-            up, down = two_sides(ys[p], beta)
-            side = tl.where(((tile >> (p - PL)) & 1) == 1, up, down) * LIFT
-            phi = phi * side[:, :, None]
-    table = (tile >> (P - PL)) * LT + tl.arange(0, LT)
-    phi = tl.where((table < L)[None, :, None], phi, 0.0)
-    return tl.reshape(phi, [C, LT << PL])
+    away = tl.exp(-2.0 * tl.abs(y))
+    small = tl.exp(-2.0 * beta * (1.0 - away) / (1.0 + away))
+    large = (1.0 - FLOOR) / (1.0 + small)
+    log_small = tl.log2(small * large + 0.5 * FLOOR) + LIFT
+    log_large = tl.log2(large + 0.5 * FLOOR) + LIFT
+    logit = sum_of(tl.where(y >= 0, log_large, log_small), up, PRECISION)
+    logit += sum_of(tl.where(y >= 0, log_small, log_large), down, PRECISION)
+    s = tile * SP + tl.arange(0, SP)
+    return tl.where((s < S)[None, :], tl.exp2(logit), 0.0) if S % SP != 0 else tl.exp2(logit)
 
 
 @triton.jit
-def slopes(y, beta):
-    """d log f+ / dz, -d log f- / dz, dz/dy and dz/dbeta for the factors f+- of :func:`two_sides`."""
-    decay = tl.exp(-2.0 * tl.abs(y))
-    soft = (1.0 - decay) / (1.0 + decay)
-    small = tl.exp(-2.0 * beta * soft)
-    large = 1.0 / (1.0 + small)
-    bell = (1.0 - FLOOR) * small * large * large  # (1 - F) sigmoid(z) sigmoid(-z)
-    at_large = bell / ((1.0 - FLOOR) * large + 0.5 * FLOOR)
-    at_small = bell / ((1.0 - FLOOR) * small * large + 0.5 * FLOOR)
-    per_y = 8.0 * beta * decay / ((1.0 + decay) * (1.0 + decay))  # 2 beta (1 - tanh(y)**2)
-    per_beta = 2.0 * tl.where(y >= 0, soft, -soft)
-    return tl.where(y >= 0, at_large, at_small), tl.where(y >= 0, at_small, at_large), per_y, per_beta
+def bucket_gradients(dphi_phi, y, beta, up, down, PRECISION: tl.constexpr):
+    """From dphi * phi [C, SP]: the gradient of the projections, and of beta by token and plane, [C, N] twice.
 
-
-@triton.jit
-def bucket_gradients(
-    dphi_phi, ys, beta, tile, C: tl.constexpr, P: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr,
-    PL: tl.constexpr,
-):  # fmt: skip
-    """From dphi * phi [C, SP]: the gradient of the projections [C, LT * P2], and of beta by token and table [C, LT].
-
-    phi is a product, so d phi / d z_p is phi times the slope of its p-th factor's logarithm, and only the sums of
+    phi is a product, so d phi / dz is phi times the slope of one factor's logarithm, and only the sums of
     dphi * phi over the buckets of either side of a plane are needed.
     """
-    rest = tl.reshape(dphi_phi, [C, LT, 1 << PL])
-    dbeta = tl.zeros([C, LT], tl.float32)
-    dys = ()
-    for p in tl.static_range(PL):
-        down, up = tl.split(tl.reshape(rest, [C, LT, (1 << PL) >> (p + 1), 2]))
-        rest = down + up
-        rise, fall, per_y, per_beta = slopes(ys[p], beta)
-        dz = tl.sum(up, 2) * rise - tl.sum(down, 2) * fall
-        dbeta += dz * per_beta
-        dys = dys + (dz * per_y,)
-    if PL < P:
-        total = tl.reshape(rest, [C, LT])
-        for p in tl.static_range(PL, P):
-            rise, fall, per_y, per_beta = slopes(ys[p], beta)
-            dz = total * tl.where(((tile >> (p - PL)) & 1) == 1, rise, -fall)
-            dbeta += dz * per_beta
-            dys = dys + (dz * per_y,)
-    for p in tl.static_range(P, P2):
-        dys = dys + (tl.zeros([C, LT], tl.float32),)
-    return join_planes(dys, C, LT, P2), dbeta
-
-
-@triton.jit
-def join_planes(ys, C: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr):
-    """P2 of [C, LT] -> [C, LT * P2], the inverse of :func:`split_planes`."""
-    if P2 == 2:
-        return tl.reshape(tl.join(ys[0], ys[1]), [C, LT * 2])
-    elif P2 == 4:
-        return tl.reshape(tl.join(tl.join(ys[0], ys[2]), tl.join(ys[1], ys[3])), [C, LT * 4])
-    elif P2 == 8:
-        even = join_planes((ys[0], ys[2], ys[4], ys[6]), C, LT, 4)
-        odd = join_planes((ys[1], ys[3], ys[5], ys[7]), C, LT, 4)
-        return tl.reshape(tl.join(even, odd), [C, LT * 8])
-    else:
-        even = join_planes((ys[0], ys[2], ys[4], ys[6], ys[8], ys[10], ys[12], ys[14]), C, LT, 8)
-        odd = join_planes((ys[1], ys[3], ys[5], ys[7], ys[9], ys[11], ys[13], ys[15]), C, LT, 8)
-        return tl.reshape(tl.join(even, odd), [C, LT * 16])
+    away = tl.exp(-2.0 * tl.abs(y))
+    soft = (1.0 - away) / (1.0 + away)
+    small = tl.exp(-2.0 * beta * soft)
+    large = 1.0 / (1.0 + small)
+    bell = (1.0 - FLOOR) * small * large * large  # (1 - F) sigmoid(z) sigmoid(-z), the slope of f+
+    at_large = bell / ((1.0 - FLOOR) * large + 0.5 * FLOOR)
+    at_small = bell / ((1.0 - FLOOR) * small * large + 0.5 * FLOOR)
+    rise = tl.where(y >= 0, at_large, at_small)
+    fall = tl.where(y >= 0, at_small, at_large)
+    dz = sum_of(dphi_phi, tl.trans(up), PRECISION) * rise - sum_of(dphi_phi, tl.trans(down), PRECISION) * fall
+    dz_dy = 8.0 * beta * away / ((1.0 + away) * (1.0 + away))  # 2 beta (1 - tanh(y)**2)
+    return dz * dz_dy, dz * tl.where(y >= 0, 2.0 * soft, -2.0 * soft)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from .device import (
     bucket_gradients,
     buckets,
+    corner_signs,
     dot,
     fine_dot,
     keys_inside,
@@ -21,54 +22,56 @@ from .device import (
     load_state,
     operand,
     project,
+    reciprocal,
     run_bounds,
-    split_planes,
     store_planes,
     store_rows,
     store_state,
+    whole_rows,
 )
 
-NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "SHARE"]
+NEVER_SPECIALIZED = ["T", "RUN", "NC", "G"]
 
 
 @triton.jit(do_not_specialize=[*NEVER_SPECIALIZED, "qb", "qt", "qh"])
 def readout_kernel(
     query, planes, beta, table, states, out,
     qb: tl.int64, qt: tl.int64, qh: tl.int64,
-    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, SHARE: tl.int64,
-    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, PL: tl.constexpr, NS: tl.constexpr,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
     C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """out of a run of queries (programs: runs * H) from the state [rows, G] of all keys of the row."""
     S: tl.constexpr = L << P
-    SP: tl.constexpr = LT << PL
     H = G * SHARE
     run = tl.program_id(0) // H
     head = tl.program_id(0) - run * H
     group = head // SHARE
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    query += batch * qb + head * qh
+    query += whole_rows(batch * qb + head * qh, ALIGNED)
     out += (batch * T * H + head) * V
     state = states + (row * G + group) * (S * (V + 1))
     b = tl.load(beta + group)
     c = tl.arange(0, C)
     if NS == 1:
-        w = load_planes(planes, group, 0, L, D, DP, P, LT, P2, PL)
+        w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+        up, down = corner_signs(0, P, N, SP, PRECISION)
         value_sum, mass = load_state(state, 0, S, SP, V, VP)
     for t in range(start, end, C):
-        q = operand(load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED), PRECISION)
+        q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
         numerator = tl.zeros([C, VP], tl.float32)
         denominator = tl.zeros([C], tl.float32)
         for tile in range(NS):
             if NS > 1:
-                w = load_planes(planes, group, tile, L, D, DP, P, LT, P2, PL)
+                w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+                up, down = corner_signs(tile, P, N, SP, PRECISION)
                 value_sum, mass = load_state(state, tile, S, SP, V, VP)
-            phi = buckets(split_planes(project(q, w, PRECISION), C, LT, P2), b, tile, L, C, P, LT, PL, LIFT)
+            phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
             phi = operand(phi, PRECISION)
             numerator += dot(phi, operand(value_sum, PRECISION), PRECISION)
             denominator += tl.sum(phi.to(tl.float32) * mass[None, :], 1)
-        inverse = tl.where(denominator > 0, 1.0 / tl.where(denominator > 0, denominator, 1.0), 0.0)  # 0 where a query sees no key
+        inverse = reciprocal(denominator)
         store_rows(out, H * V, t, t + c < end, numerator * inverse[:, None], C, V, VP)
 
 
@@ -76,82 +79,84 @@ def readout_kernel(
 def query_gradient_kernel(
     query, grad_out, planes, beta, table, states, grad_query, adjoints, planes_parts, beta_parts,
     qb: tl.int64, qt: tl.int64, qh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
-    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, SHARE: tl.int64,
-    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, PL: tl.constexpr, NS: tl.constexpr,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
     C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
     NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
     """grad_query of a run, and its part of the gradient of the state (programs: runs * H)."""
     S: tl.constexpr = L << P
-    SP: tl.constexpr = LT << PL
     H = G * SHARE
     run = tl.program_id(0) // H
     head = tl.program_id(0) - run * H
     group = head // SHARE
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    query += batch * qb + head * qh
-    grad_out += batch * ob + head * oh
+    query += whole_rows(batch * qb + head * qh, ALIGNED)
+    grad_out += whole_rows(batch * ob + head * oh, ALIGNED)
     grad_query += (batch * T * H + head) * D
     state = states + (row * G + group) * (S * (V + 1))
     program = run.to(tl.int64) * H + head
     adjoint = adjoints + program * (S * (V + 1))
     b = tl.load(beta + group)
     c = tl.arange(0, C)
-    beta_sum = tl.zeros([C, LT], tl.float32)
+    beta_sum = tl.zeros([C, N], tl.float32)
     grad_sum = tl.zeros([SP, VP], tl.float32)
     grad_mass = tl.zeros([SP], tl.float32)
-    planes_sum = tl.zeros([LT * P2, DP], tl.float32)
+    planes_sum = tl.zeros([N, DP], tl.float32)
     if NS == 1:
-        w = load_planes(planes, group, 0, L, D, DP, P, LT, P2, PL)
+        w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+        up, down = corner_signs(0, P, N, SP, PRECISION)
         value_sum, mass = load_state(state, 0, S, SP, V, VP)
     for t in range(start, end, C):
-        q = operand(load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED), PRECISION)
-        do = operand(load_rows(grad_out, ot, t, t + c < end, C, V, VP, ALIGNED), PRECISION)
+        q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
+        do = load_rows(grad_out, ot, t, t + c < end, C, V, VP, ALIGNED)
         denominator = tl.zeros([C], tl.float32)
         delta = tl.zeros([C], tl.float32)
         for tile in range(NS):
             if NS > 1:
-                w = load_planes(planes, group, tile, L, D, DP, P, LT, P2, PL)
+                w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+                up, down = corner_signs(tile, P, N, SP, PRECISION)
                 value_sum, mass = load_state(state, tile, S, SP, V, VP)
-            phi = buckets(split_planes(project(q, w, PRECISION), C, LT, P2), b, tile, L, C, P, LT, PL, LIFT)
+            phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
             phi = operand(phi, PRECISION).to(tl.float32)
             denominator += tl.sum(phi * mass[None, :], 1)
             delta += tl.sum(phi * fine_dot(do, tl.trans(value_sum), PRECISION), 1)
-        inverse = tl.where(denominator > 0, 1.0 / tl.where(denominator > 0, denominator, 1.0), 0.0)
+        inverse = reciprocal(denominator)
         delta *= inverse  # grad_out . out
         dq = tl.zeros([C, DP], tl.float32)
         for tile in range(NS):
             if NS > 1:
-                w = load_planes(planes, group, tile, L, D, DP, P, LT, P2, PL)
+                w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+                up, down = corner_signs(tile, P, N, SP, PRECISION)
                 value_sum, mass = load_state(state, tile, S, SP, V, VP)
-            ys = split_planes(project(q, w, PRECISION), C, LT, P2)
-            phi = buckets(ys, b, tile, L, C, P, LT, PL, LIFT)
+            y = project(q, w, PRECISION)
+            phi = buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION)
             grad_phi = fine_dot(do, tl.trans(value_sum), PRECISION) - delta[:, None] * mass[None, :]
             grad_phi *= inverse[:, None]
-            grad_y, grad_beta = bucket_gradients(grad_phi * phi, ys, b, tile, C, P, LT, P2, PL)
+            grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
             beta_sum += grad_beta
             grad_y = operand(grad_y, PRECISION)
             dq += dot(grad_y, operand(w, PRECISION), PRECISION)
             seen = operand(operand(phi, PRECISION).to(tl.float32) * inverse[:, None], PRECISION)
             if NS > 1:
-                grad_sum = dot(tl.trans(seen), do, PRECISION)
+                grad_sum = dot(tl.trans(seen), operand(do, PRECISION), PRECISION)
                 grad_mass = -tl.sum(seen.to(tl.float32) * delta[:, None], 0)
                 store_state(adjoint, tile, grad_sum, grad_mass, S, SP, V, VP)
                 if NEED_PLANES:
-                    planes_sum = dot(tl.trans(grad_y), q, PRECISION)
-                    store_planes(planes_parts, program * NS + tile, planes_sum, LT * P2, D, DP)
+                    planes_sum = dot(tl.trans(grad_y), operand(q, PRECISION), PRECISION)
+                    store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
             else:
-                grad_sum += dot(tl.trans(seen), do, PRECISION)
+                grad_sum += dot(tl.trans(seen), operand(do, PRECISION), PRECISION)
                 grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
                 if NEED_PLANES:
-                    planes_sum += dot(tl.trans(grad_y), q, PRECISION)
+                    planes_sum += dot(tl.trans(grad_y), operand(q, PRECISION), PRECISION)
         store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
     if NS == 1:
         store_state(adjoint, 0, grad_sum, grad_mass, S, SP, V, VP)
         if NEED_PLANES:
-            store_planes(planes_parts, program, planes_sum, LT * P2, D, DP)
+            store_planes(planes_parts, program, planes_sum, N, D, DP)
 
 
 @triton.jit(
@@ -163,18 +168,17 @@ def key_gradient_kernel(
     mb: tl.int64, mt: tl.int64, mh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, PL: tl.constexpr, NS: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
     C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value of a run from the gradient of the row's state (programs: runs * G)."""
     S: tl.constexpr = L << P
-    SP: tl.constexpr = LT << PL
     run = tl.program_id(0) // G
     group = tl.program_id(0) - run * G
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    key += batch * kb + group * kh
-    value += batch * vb + group * vh
+    key += whole_rows(batch * kb + group * kh, ALIGNED)
+    value += whole_rows(batch * vb + group * vh, ALIGNED)
     key_mask += batch * mb + group * mh
     grad_key += (batch * T * G + group) * D
     grad_value += (batch * T * G + group) * V
@@ -182,38 +186,40 @@ def key_gradient_kernel(
     program = run.to(tl.int64) * G + group
     b = tl.load(beta + group)
     c = tl.arange(0, C)
-    beta_sum = tl.zeros([C, LT], tl.float32)
-    planes_sum = tl.zeros([LT * P2, DP], tl.float32)
+    beta_sum = tl.zeros([C, N], tl.float32)
+    planes_sum = tl.zeros([N, DP], tl.float32)
     if NS == 1:
-        w = load_planes(planes, group, 0, L, D, DP, P, LT, P2, PL)
+        w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+        up, down = corner_signs(0, P, N, SP, PRECISION)
         grad_sum, grad_mass = load_state(adjoint, 0, S, SP, V, VP)
     for t in range(start, end, C):
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        k = operand(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), PRECISION)
-        v = operand(load_rows(value, vt, t, inside, C, V, VP, ALIGNED), PRECISION)
+        k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
+        v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
         dk = tl.zeros([C, DP], tl.float32)
         dv = tl.zeros([C, VP], tl.float32)
         for tile in range(NS):
             if NS > 1:
-                w = load_planes(planes, group, tile, L, D, DP, P, LT, P2, PL)
+                w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+                up, down = corner_signs(tile, P, N, SP, PRECISION)
                 grad_sum, grad_mass = load_state(adjoint, tile, S, SP, V, VP)
-            ys = split_planes(project(k, w, PRECISION), C, LT, P2)
-            phi = tl.where(inside[:, None], buckets(ys, b, tile, L, C, P, LT, PL, LIFT), 0.0)
+            y = project(k, w, PRECISION)
+            phi = tl.where(inside[:, None], buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION), 0.0)
             grad_phi = fine_dot(v, tl.trans(grad_sum), PRECISION) + grad_mass[None, :]
             dv += dot(operand(phi, PRECISION), operand(grad_sum, PRECISION), PRECISION)
-            grad_y, grad_beta = bucket_gradients(grad_phi * phi, ys, b, tile, C, P, LT, P2, PL)
+            grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
             beta_sum += grad_beta
             grad_y = operand(grad_y, PRECISION)
             dk += dot(grad_y, operand(w, PRECISION), PRECISION)
             if NEED_PLANES:
                 if NS > 1:
-                    planes_sum = dot(tl.trans(grad_y), k, PRECISION)
-                    store_planes(planes_parts, program * NS + tile, planes_sum, LT * P2, D, DP)
+                    planes_sum = dot(tl.trans(grad_y), operand(k, PRECISION), PRECISION)
+                    store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
                 else:
-                    planes_sum += dot(tl.trans(grad_y), k, PRECISION)
+                    planes_sum += dot(tl.trans(grad_y), operand(k, PRECISION), PRECISION)
         store_rows(grad_key, G * D, t, t + c < end, dk, C, D, DP)
         store_rows(grad_value, G * V, t, t + c < end, dv, C, V, VP)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
     if NS == 1:
         if NEED_PLANES:
-            store_planes(planes_parts, program, planes_sum, LT * P2, D, DP)
+            store_planes(planes_parts, program, planes_sum, N, D, DP)

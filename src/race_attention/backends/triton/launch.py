@@ -82,16 +82,18 @@ class Problem:
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    """x itself, or a copy where the elements of a token are not adjacent: loads would not be wide."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    """x itself, or a copy where the elements of a token are not adjacent: loads would not be wide.
+
+    Offsets inside a block are 32-bit (they cost half the registers), so tokens too far apart are copied too.
+    """
+    near = abs(x.stride(1)) < 1 << 22
+    return x if near and (x.stride(3) == 1 or x.shape[3] == 1) else x.contiguous()
 
 
 def _rows_aligned(x: Tensor) -> bool:
-    """Whether every row of x begins at a multiple of 16 bytes, and tokens lie a multiple of 8 elements apart."""
-    size = x.element_size()
+    """Whether every row of x begins at a multiple of 16 bytes and of 8 elements."""
     strides = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    token = x.stride(1) if x.shape[1] > 1 else 0
-    return x.data_ptr() % 16 == 0 and token % 8 == 0 and all(s * size % 16 == 0 for s in strides)
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
 
 
 def _on(device: torch.device) -> Any:
@@ -111,14 +113,12 @@ def accumulate(problem: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
     p = problem
     result = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
-    options = p.options("accumulate", tiles=True)
-    tiles = options.pop("NS")
     if runs.count * p.groups:
-        states.accumulate_kernel[(runs.count * p.groups, tiles)](
+        states.accumulate_kernel[(runs.count * p.groups, p.shape.tiles)](
             p.key, p.value, _or(p.key_mask, p.beta), _or(p.log_decay, p.beta), p.hyperplanes, p.beta,
             _or(runs.table, p.beta), result, totals,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, **options,
+            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, **p.options("accumulate", tiles=False),
         )  # fmt: skip
     return result, totals
 
@@ -132,7 +132,7 @@ def scan(
     ``reverse`` mirrors it for adjoints. States inside are lifted; those of the interface are not.
     """  # fmt: skip
     p, shape = problem, problem.shape
-    lift = shape.lift**shape.planes
+    lift = 2.0 ** (shape.lift * shape.planes)
     mass = p.new(p.rows, p.groups, shape.tables, 1 << shape.planes, dtype=torch.float64)
     value_sum = p.new(*mass.shape, shape.value_dim, dtype=torch.float64)
     given = [None if x is None else x.contiguous() for x in initial]
@@ -141,9 +141,9 @@ def scan(
     if p.rows * p.groups:
         states.scan_kernel[(p.rows * p.groups, -(-shape.state_size // SCAN_ELEMENTS))](
             parts, before, totals, _or(runs.first, p.beta), _or(given[0], mass), _or(given[1], value_sum),
-            mass, value_sum, 1.0 / lift if reverse else lift, p.groups, share, runs.per_row,
-            S=shape.buckets, V=shape.value_dim, RT=SCAN_RUNS, E=SCAN_ELEMENTS, CAUSAL=p.causal, REVERSE=reverse,
-            PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None,
+            mass, value_sum, 1.0 / lift if reverse else lift, p.groups, runs.per_row,
+            SHARE=share, S=shape.buckets, V=shape.value_dim, RT=SCAN_RUNS, E=SCAN_ELEMENTS,
+            CAUSAL=p.causal, REVERSE=reverse, PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None,
             HAS_IN=given[0] is not None, HAS_OUT=True, num_warps=4,
         )  # fmt: skip
     return mass, value_sum
@@ -161,13 +161,13 @@ def readout(problem: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
             p.query, p.key, p.value, _or(p.key_mask, p.beta), _or(p.log_decay, p.beta), p.hyperplanes, p.beta,
             _or(runs.table, p.beta), before, out,
             *p.query.stride()[:3], *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, p.share,
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
             **p.conditions, **p.options("causal_readout", tiles=not p.shape.narrow),
         )  # fmt: skip
     else:
         full.readout_kernel[(programs,)](
             p.query, p.hyperplanes, p.beta, _or(runs.table, p.beta), before, out, *p.query.stride()[:3],
-            p.queries, runs.length, runs.per_row, p.groups, p.share, **p.options("full_readout", tiles=True),
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **p.options("full_readout", tiles=True),
         )  # fmt: skip
     return out
 
@@ -227,14 +227,13 @@ class _ParameterSums:
 
     def __init__(self, problem: Problem, need_planes: bool) -> None:
         self.problem, self.need_planes = problem, need_planes
-        self.rows = problem.shape.tile_tables * problem.shape.padded_planes
         self.planes: list[Tensor] = []
         self.beta: list[Tensor] = []
 
     def parts(self, runs: plan.Runs, heads: int) -> tuple[Tensor, Tensor]:
         """Room for the parts of runs * heads programs."""
         p, shape = self.problem, self.problem.shape
-        size = (runs.count, heads, shape.tiles, self.rows, shape.dim) if self.need_planes else (0,)
+        size = (runs.count, heads, shape.tiles, shape.rows, shape.dim) if self.need_planes else (0,)
         empty_runs = p.bounds is not None and not shape.narrow  # they write nothing where runs are one block
         make = p.query.new_zeros if empty_runs else p.query.new_empty
         self.planes.append(make(size, dtype=torch.float32))
@@ -250,14 +249,17 @@ class _ParameterSums:
             beta += part.view(part.shape[0], groups, -1).sum((0, 2), dtype=torch.float64)
         if not self.need_planes:
             return p.new(0), beta.float()
-        total = p.new(groups, shape.tiles, self.rows, shape.dim, dtype=torch.float64).zero_()
+        total = p.new(groups, shape.tiles, shape.rows, shape.dim, dtype=torch.float64).zero_()
         for part in self.planes:
             by_group = part.view(part.shape[0], groups, part.shape[1] // groups, *total.shape[1:])
             total += by_group.sum((0, 2), dtype=torch.float64)
-        if shape.tile_planes < shape.planes:  # several tiles of one table
-            total = total.view(groups, shape.tables, -1, *total.shape[2:]).sum(2)
-        total = total.reshape(groups, -1, shape.padded_planes, shape.dim)
-        return total[:, : shape.tables, : shape.planes].float().contiguous(), beta.float()
+        per_table = 1 << shape.planes
+        if per_table > shape.tile:  # several tiles of one table, which all have its planes
+            total = total.view(groups, shape.tables, per_table // shape.tile, *total.shape[2:]).sum(2)
+            return total[:, :, : shape.planes].float().contiguous(), beta.float()
+        tables = shape.tile // per_table
+        total = total[:, :, : tables * shape.planes].reshape(groups, -1, shape.planes, shape.dim)
+        return total[:, : shape.tables].float().contiguous(), beta.float()
 
 
 def _backward_causal(
@@ -274,9 +276,9 @@ def _backward_causal(
     inputs += (p.hyperplanes, p.beta, _or(runs.table, p.beta))
     numbers = (
         *p.query.stride()[:3], *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3],
-        *p.mask_strides, *p.decay_strides, p.batch, p.queries, runs.length, runs.per_row, p.groups, p.share,
+        *p.mask_strides, *p.decay_strides, p.batch, p.queries, runs.length, runs.per_row, p.groups,
     )  # fmt: skip
-    conditions = p.conditions | {"NEED_PLANES": sums.need_planes}
+    conditions = p.conditions | {"NEED_PLANES": sums.need_planes, "SHARE": p.share}
     if runs.count * p.heads:
         options = p.options("causal_query_gradient", tiles=not shape.narrow)
         kernels.query_gradient_kernel[(runs.count * p.heads,)](
@@ -328,7 +330,7 @@ def _backward_full(
         full.query_gradient_kernel[(runs.count * p.heads,)](
             p.query, p.grad_out, p.hyperplanes, p.beta, _or(runs.table, p.beta), kept, dq, adjoints,
             *sums.parts(runs, p.heads), *p.query.stride()[:3], *p.grad_out.stride()[:3],
-            p.queries, runs.length, runs.per_row, p.groups, p.share,
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
             NEED_PLANES=sums.need_planes, **p.options("full_query_gradient", tiles=True),
         )  # fmt: skip
     after = p.new(max(p.rows, 1), p.groups, shape.state_size)

@@ -6,6 +6,7 @@ its inputs and the state before each run of tokens (causal) or of each row (not)
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,15 +16,14 @@ from . import plan
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """The precision of dots. float16 computes in tf32, which has its mantissa and float32's exponent.
+    """The precision of dots: "bf16", of operands rounded to bfloat16 but for those that must be exact, or "ieee".
 
-    float32 is float32 unless torch's setting for matrix products allows less.
+    float16 inputs compute in bfloat16 too, since soft buckets need its exponent; where a rounding would be magnified
+    (projections, what is subtracted) they are split in two. float32 is always float32: Triton 3.6 compiles products
+    of transposed tf32 operands wrongly (errors of 0.3 to 1, seen on an H200), so its leave is not used.
     """
-    if dtype == torch.bfloat16:
-        return "bf16"
-    if dtype == torch.float16:
-        return "tf32"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter's bfloat16 products are wrong
+    return "ieee" if dtype == torch.float32 or interpreted else "bf16"
 
 
 def shape_of(query: Tensor, value: Tensor, hyperplanes: Tensor) -> plan.Shape:

@@ -28,9 +28,9 @@ class Shape:
     """A shape class: the compile-time numbers of its kernels.
 
     Attributes:
-        tile_tables: LT, tables of a bucket tile. tile_planes: PL, planes whose bit a tile resolves.
-        padded_planes: P2. tiles: NS. lift: buckets are computed times lift**planes.
-        precision: of dots, "bf16", "tf32", "tf32x3" or "ieee".
+        tile: SP, buckets of a tile. tiles: NS, tiles of a head. rows: N, planes of a tile's tables, padded.
+        lift: buckets are computed times 2**(lift * planes).
+        precision: of dots, "bf16" or "ieee".
     """
 
     dim: int
@@ -39,11 +39,10 @@ class Shape:
     planes: int
     dtype: torch.dtype
     precision: str
-    tile_tables: int
-    tile_planes: int
-    padded_planes: int
+    tile: int
     tiles: int
-    lift: float
+    rows: int
+    lift: int
 
     @property
     def buckets(self) -> int:
@@ -58,7 +57,7 @@ class Shape:
         return self.tiles == 1
 
     def constants(self, tiles: bool) -> dict[str, object]:
-        """The compile-time arguments that every kernel has; with ``tiles`` also how tiles cut the buckets."""
+        """The compile-time arguments that every kernel has; with ``tiles`` also how many tiles there are."""
         always = {
             "L": self.tables,
             "P": self.planes,
@@ -66,39 +65,30 @@ class Shape:
             "V": self.value_dim,
             "DP": power_of_two(self.dim, 16),
             "VP": power_of_two(self.value_dim, 16),
-            "LT": self.tile_tables,
-            "P2": self.padded_planes,
+            "N": self.rows,
+            "SP": self.tile,
             "LIFT": self.lift,
             "PRECISION": self.precision,
         }
-        return always | ({"PL": self.tile_planes, "NS": self.tiles} if tiles else {})
+        return always | ({"NS": self.tiles} if tiles else {})
 
     def config(self, kernel: str) -> configs.Config:
-        buckets = self.tile_tables << self.tile_planes
         return configs.config(
-            kernel, power_of_two(self.dim, 16), power_of_two(self.value_dim, 16), buckets, self.dtype
+            kernel, power_of_two(self.dim, 16), power_of_two(self.value_dim, 16), self.tile, self.dtype
         )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def shape_class(dim: int, value_dim: int, tables: int, planes: int, dtype: torch.dtype, precision: str) -> Shape:
-    per_table = 1 << planes
-    widest = configs.widest_tile(power_of_two(max(dim, value_dim), 16), dtype)
-    if power_of_two(tables) * per_table <= widest:
-        tile_tables, tile_planes, tiles = power_of_two(tables, 16 // per_table), planes, 1
-    elif per_table <= configs.TILE:
-        tile_tables, tile_planes = configs.TILE // per_table, planes
-        tiles = -(-tables // tile_tables)
-    else:
-        tile_tables, tile_planes = 1, configs.TILE.bit_length() - 1
-        tiles = tables << (planes - tile_planes)
-    padded_planes = power_of_two(planes, max(2, 16 // tile_tables))
+    buckets = tables << planes
+    tile = power_of_two(buckets, 16)
+    if tile > configs.widest_tile(power_of_two(max(dim, value_dim), 16), dtype):
+        tile = configs.TILE
+    rows = power_of_two(max(1, tile >> planes) * planes, 16)
     # A bucket reaches 2**-14P. Up to P = 6 the product of two is a normal float32; past that both are lifted to
     # lie around 1: their products stay above 2**-60 for the bucket that decides, and sums below 2**127.
-    lift = 1.0 if planes <= 6 else 16.0
-    return Shape(
-        dim, value_dim, tables, planes, dtype, precision, tile_tables, tile_planes, padded_planes, tiles, lift
-    )  # fmt: skip
+    lift = 0 if planes <= 6 else 4
+    return Shape(dim, value_dim, tables, planes, dtype, precision, tile, -(-buckets // tile), rows, lift)
 
 
 @functools.lru_cache(maxsize=1024)

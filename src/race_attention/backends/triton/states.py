@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .device import (
     buckets,
+    corner_signs,
     dot,
     keys_inside,
     load_decay,
@@ -18,8 +19,8 @@ from .device import (
     operand,
     project,
     run_bounds,
-    split_planes,
     store_state,
+    whole_rows,
 )
 
 NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "kb", "kt", "kh", "vb", "vt", "vh", "mb", "mt", "mh", "gb", "gt", "gh"]
@@ -32,32 +33,32 @@ def accumulate_kernel(
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, PL: tl.constexpr, C: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, C: tl.constexpr,
     LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The state that each run of keys alone leaves (programs: runs * G, bucket tiles), and its total log decay."""
     S: tl.constexpr = L << P
-    SP: tl.constexpr = LT << PL
     run = tl.program_id(0) // G
     head = tl.program_id(0) - run * G
     tile = tl.program_id(1)
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    key += batch * kb + head * kh
-    value += batch * vb + head * vh
+    key += whole_rows(batch * kb + head * kh, ALIGNED)
+    value += whole_rows(batch * vb + head * vh, ALIGNED)
     key_mask += batch * mb + head * mh
     log_decay += batch * gb + head * gh
     b = tl.load(beta + head)
-    w = load_planes(planes, head, tile, L, D, DP, P, LT, P2, PL)
+    w = load_planes(planes, head, tile, L, P, D, DP, N, SP)
+    up, down = corner_signs(tile, P, N, SP, PRECISION)
 
     value_sum = tl.zeros([SP, VP], tl.float32)
     mass = tl.zeros([SP], tl.float32)
     total = tl.zeros([], tl.float64)
     for t in range(start, end, C):
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        k = operand(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), PRECISION)
-        v = operand(load_rows(value, vt, t, inside, C, V, VP, ALIGNED), PRECISION)
-        phi = buckets(split_planes(project(k, w, PRECISION), C, LT, P2), b, tile, L, C, P, LT, PL, LIFT)
+        k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
+        v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
+        phi = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
         phi = tl.where(inside[:, None], phi, 0.0)
         if HAS_DECAY:
             whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
@@ -67,7 +68,7 @@ def accumulate_kernel(
             mass *= kept
             total += all_whole.to(tl.float64) + all_part.to(tl.float64)
         phi = operand(phi, PRECISION)
-        value_sum += dot(tl.trans(phi), v, PRECISION)
+        value_sum += dot(tl.trans(phi), operand(v, PRECISION), PRECISION)
         mass += tl.sum(phi.to(tl.float32), 0)  # of the rounded weights: mass and value_sum stay consistent
     base = states + (run.to(tl.int64) * G + head) * (S * (V + 1))
     store_state(base, tile, value_sum, mass, S, SP, V, VP)
@@ -82,10 +83,10 @@ def _then(kept_a, sum_a, kept_b, sum_b):
     return kept_a * kept_b, sum_a * kept_b + sum_b
 
 
-@triton.jit(do_not_specialize=["G", "SHARE", "NC", "scale"])
+@triton.jit(do_not_specialize=["G", "NC", "scale"])
 def scan_kernel(
     states, before, totals, first_run, mass_in, value_sum_in, mass_out, value_sum_out,
-    scale, G: tl.int64, SHARE: tl.int64, NC: tl.int64,
+    scale, G: tl.int64, NC: tl.int64, SHARE: tl.constexpr,
     S: tl.constexpr, V: tl.constexpr, RT: tl.constexpr, E: tl.constexpr,
     CAUSAL: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr,
