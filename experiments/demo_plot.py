@@ -59,7 +59,7 @@ def _context(axis: Any, results: Results) -> None:
     befores = list(results.context_gain)
     axis.plot(range(len(befores)), list(results.context_gain.values()), "o-", color="tab:purple")
     axis.set_xticks(range(len(befores)), [f"{b:,}" for b in befores])
-    axis.set(title="Does context help? The same held-out bytes, with more before them")
+    axis.set(title="Does context help? The same bytes, more before them")
     axis.set(xlabel="bytes of context before the measured ones", ylabel="bits a byte")
 
 

@@ -172,7 +172,12 @@ class Run:
         with Bar(f"{self.config.table}/{self.config.row}/{self.seed}", quiet=self.quiet, every=30) as bar:
             start = time.monotonic()
             while self.step < self.steps:
-                losses.append(self._step())
+                try:
+                    losses.append(self._step())
+                except ValueError as error:  # layers refuse parameters that are not finite
+                    if all(bool(p.isfinite().all()) for p in self.model.parameters()):
+                        raise
+                    return self._finish(f"diverged before step {self.step + 1}: {error}"[:200])
                 due = self.step % self.eval_every == 0 or self.step == self.steps
                 if due or self.step % 50 == 0:
                     loss = float(torch.stack(losses).mean())  # waits for the device
