@@ -11,11 +11,13 @@ import ctypes
 import functools
 import os
 import struct
+import sys
 from pathlib import Path
 
 LIBRARY_VARIABLE = "RACE_ATTENTION_CPU_LIBRARY"
 ISA_VARIABLE = "RACE_ATTENTION_CPU_ISA"
 
+_FILE = "libracecpu.so"
 _FIELDS = 107
 _RESULTS = {
     1: "not enough memory",
@@ -87,8 +89,16 @@ class Library:
 
 
 def path() -> Path:
-    """Where the library is looked for: RACE_ATTENTION_CPU_LIBRARY, else beside this file."""
-    return Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("libracecpu.so"))
+    """Where the library is looked for: RACE_ATTENTION_CPU_LIBRARY, else beside this file.
+
+    In an editable install the library lies apart from the sources; both folders are on the package's path.
+    """
+    named = os.environ.get(LIBRARY_VARIABLE)
+    if named:
+        return Path(named)
+    beside = Path(__file__).with_name(_FILE)
+    folders = sys.modules[__package__].__path__
+    return next((found for folder in folders if (found := Path(folder, _FILE)).exists()), beside)
 
 
 @functools.cache

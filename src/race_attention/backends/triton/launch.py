@@ -124,8 +124,15 @@ def accumulate(problem: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
 
 
 def scan(
-    problem: Problem, runs: plan.Runs, parts: Tensor, totals: Tensor, before: Tensor, initial: tuple[Any, Any],
-    *, share: int = 1, reverse: bool = False,
+    problem: Problem,
+    runs: plan.Runs,
+    parts: Tensor,
+    totals: Tensor,
+    before: Tensor,
+    initial: tuple[Any, Any],
+    *,
+    share: int = 1,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Fills ``before`` with the state before each run (causal) or of each row, and returns the final (mass, value_sum).
 
@@ -202,7 +209,7 @@ def backward(
     value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None, key_mask: Tensor | None,
     bounds: Tensor | None, key_bounds: Tensor | None, final_mass: Tensor | None, final_value_sum: Tensor | None,
     kept: Tensor, causal: bool, need_planes: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the operator ``triton_backward`` returns.
 
     Two passes over the tokens: from the queries, which leaves the gradient of the state before each run, and, after
@@ -272,7 +279,14 @@ def _backward_causal(
     adjoints = p.new(max(runs.count, 1), p.heads, shape.state_size)
     per_query = p.new(2, p.batch, p.heads, p.queries)
     kernels = causal if shape.narrow else wide
-    inputs = (p.query, p.key, p.value, p.grad_out, _or(p.key_mask, p.beta), _or(p.log_decay, p.beta))
+    inputs: tuple[Tensor, ...] = (
+        p.query,
+        p.key,
+        p.value,
+        p.grad_out,
+        _or(p.key_mask, p.beta),
+        _or(p.log_decay, p.beta),
+    )
     inputs += (p.hyperplanes, p.beta, _or(runs.table, p.beta))
     numbers = (
         *p.query.stride()[:3], *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3],
