@@ -239,7 +239,8 @@ class RaceAttention(nn.Module):
         out, core = result if isinstance(result, tuple) else (result, None)
         if self.norm_gate:
             gate = F.silu(self.gate_proj(x)).unflatten(-1, (self.num_heads, self.value_dim))
-            out = self.norm(out) * gate
+            weight = self.norm.weight.to(out.dtype)  # torch's fused norm wants one dtype
+            out = F.rms_norm(out, (self.value_dim,), weight, self.norm.eps) * gate
         out = self.out_proj(out.flatten(-2))
         if core is None:
             return out
