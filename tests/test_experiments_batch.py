@@ -1,0 +1,87 @@
+"""The queue of runs for a machine lent for a while."""
+
+import json
+import tarfile
+
+import pytest
+
+from experiments.config import ConfigError
+from experiments.gpu_batch import CONFIGS, Batch, bundle, main, read_queue, unbundle
+
+CONFIG = """
+task = "mqar"
+task_options = { length = 16, pairs = 2, vocab = 16, train = 16, valid = 4 }
+steps = 2
+batch = 4
+[model]
+dim = 8
+layers = 1
+heads = 2
+[rows.linear]
+model = { mixer = "linear" }
+[rows.softmax]
+model = { mixer = "softmax" }
+"""
+
+
+@pytest.fixture
+def queue(tmp_path):
+    (tmp_path / "t.toml").write_text(CONFIG)
+    (tmp_path / "queue.toml").write_text(
+        '[[runs]]\nconfig = "t.toml"\nrows = ["softmax"]\n[[runs]]\nconfig = "t.toml"\nseeds = [0, 1]\n'
+    )
+    return tmp_path / "queue.toml"
+
+
+def batch_of(tmp_path, seconds, jobs=2):
+    return Batch(
+        results=tmp_path / "res",
+        work=tmp_path / "work",
+        logs=tmp_path / "logs",
+        data_dir=None,
+        seconds=seconds,
+        jobs=jobs,
+        device="cpu",
+    )
+
+
+def test_queue_keeps_its_order_and_names_what_is_wrong(queue):
+    jobs = read_queue(queue)
+    assert [(job.row, job.seed) for job in jobs] == [("softmax", 0), ("linear", 0), ("linear", 1), ("softmax", 1)]
+    for content, message in (
+        ("", "runs: got None"),
+        ('[[runs]]\nconfig = "t.toml"\nrow = "linear"\n', r"runs\[1\]: got"),
+        ('[[runs]]\nconfig = "t.toml"\nrows = ["magic"]\n', r"runs\[1\].rows: got 'magic', allowed is one of linear"),
+        ('[[runs]]\nconfig = "absent.toml"\n', "cannot read"),
+    ):
+        queue.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            read_queue(queue)
+    assert len(read_queue(CONFIGS / "queue.toml")) > 50
+
+
+def test_batch_finishes_its_queue_and_skips_what_is_done(queue, tmp_path, capsys):
+    jobs = read_queue(queue)[:2]
+    done = tmp_path / "res/t/softmax/seed-0.json"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    assert batch_of(tmp_path, 600).run(jobs) == (1, 0)
+    assert done.read_text() == "{}"
+    assert json.loads((tmp_path / "res/t/linear/seed-0.json").read_text())["steps"] == 2
+    assert batch_of(tmp_path, 600).run(jobs) == (0, 0)
+    assert batch_of(tmp_path, 5).run(read_queue(queue)) == (0, 2)  # too little time to start anything
+    main(["--queue", str(queue), "--results", str(tmp_path / "res"), "--list"])
+    assert capsys.readouterr().out.split()[-2:] == ["t/linear/1", "t/softmax/1"]
+
+
+def test_bundle_brings_results_back(tmp_path):
+    for name in ("t/a/seed-0.json", "u/b/seed-3.json"):
+        (tmp_path / "one" / name).parent.mkdir(parents=True)
+        (tmp_path / "one" / name).write_text(name)
+    assert bundle(tmp_path / "one", tmp_path / "b.tar.gz") == 2
+    assert unbundle(tmp_path / "b.tar.gz", tmp_path / "two") == 2
+    assert (tmp_path / "two/u/b/seed-3.json").read_text() == "u/b/seed-3.json"
+    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "one/t/a/seed-0.json", arcname="../t/seed-0.json")
+    with pytest.raises(ConfigError, match="bundle: got"):
+        unbundle(tmp_path / "bad.tar.gz", tmp_path / "two")
