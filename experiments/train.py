@@ -28,6 +28,7 @@ from experiments.data import Text, WindowSampler, evaluation_windows, load_text
 from experiments.models import DecoderLM, ModelConfig
 from experiments.optim import lr_factor, make_adamw
 from experiments.report import Bar, Metrics, machine
+from experiments.streamed import streamed_gradient, streamed_loss
 
 BITS = 1 / math.log(2)  # bits of a nat
 PROGRESS = ("step", "seconds", "windows", "bytes")  # how far a run is
@@ -42,6 +43,8 @@ class TrainConfig:
         data: "stdlib", "novels", "shakespeare" or "file:PATH".
         data_dir: folder of local data; default the environment variable RACE_DATA_DIR.
         context: bytes a window, predicted in one piece.
+        segment: bytes of a window in memory at a time, for contexts that do not fit; the gradient is the exact
+            one of the whole window. Default the whole window. Mixer "race" only.
         grow_from, grow_until: with grow_from, windows begin at so many bytes and double in equal parts of the
             run up to ``context``, which they have from the fraction ``grow_until`` of the run on (Li et al.
             2022, arXiv 2108.06084): many cheap steps first.
@@ -66,6 +69,7 @@ class TrainConfig:
     data: str = "stdlib"
     data_dir: str | None = None
     context: int = 1024
+    segment: int | None = None
     grow_from: int | None = None
     grow_until: float = 0.5
     batch: int = 8
@@ -109,6 +113,8 @@ class TrainConfig:
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "'float32' or 'bfloat16'")
         limited = self.model.positions == "learned"
+        streams = self.segment is None or (self.segment >= 1 and self.model.mixer == "race" and not limited)
+        check(streams, "segment", self.segment, "null, or 1 or more with mixer 'race' and positions 'none'")
         check(not limited or self.context <= self.model.max_length, "context", self.context, "at most max_length")
 
 
@@ -175,16 +181,32 @@ class Trainer:
         if self.sampler.context != (length := self.window_length()):
             self.sampler = WindowSampler(self.data, length, config.seed)
         inputs, targets = self.sampler.batch(self.windows, config.batch)
-        with self.autocast():
-            loss = window_loss(self.model, inputs, targets)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self._gradient(inputs, targets)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimiser.step()
         self.step += 1
         self.windows += config.batch
         self.bytes += inputs.numel()
         return loss.detach(), norm.detach(), lr
+
+    def _gradient(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of the windows, whose gradient is then in the parameters."""
+        segment = self.config.segment
+        with self.autocast():
+            if segment is not None and segment < inputs.shape[1]:
+                return streamed_gradient(self.model, inputs, targets, segment)
+            loss = window_loss(self.model, inputs, targets)
+        loss.backward()
+        return loss
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of the windows, without a graph."""
+        segment = self.config.segment
+        with self.autocast():
+            if segment is not None and segment < inputs.shape[1]:
+                return streamed_loss(self.model, inputs, targets, segment)
+            return window_loss(self.model, inputs, targets)
 
     @torch.no_grad()
     def evaluate(self, windows: int | None = None) -> float:
@@ -193,8 +215,7 @@ class Trainer:
         context = min(self.config.context, len(self.text.valid) - 1)
         losses = []
         for inputs, targets in evaluation_windows(self.text.valid, context, windows or self.config.eval_windows):
-            with self.autocast():
-                loss = window_loss(self.model, inputs[None].to(self.device), targets[None].to(self.device))
+            loss = self._loss(inputs[None].to(self.device), targets[None].to(self.device))
             losses.append(loss.double())
         return float(torch.stack(losses).mean()) * BITS
 

@@ -1,6 +1,8 @@
 """Every baseline against its published formula, stated independently with loops or other identities."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from experiments.baselines import MIXERS, make_mixer
 from experiments.baselines.base import rotate
 from experiments.baselines.kernelised import kernel_attention
 from experiments.baselines.performer import orthogonal_gaussian
+from experiments.config import ConfigError
 
 OPTIONS = {
     "race": {"tables": 2, "planes": 2, "conv_size": 3},
@@ -17,7 +20,9 @@ OPTIONS = {
     "linformer": {"rank": 3},
     "yoso": {"hashes": 0},
 }
-CAUSAL = [name for name in MIXERS if name != "linformer"]
+OPTIONAL = ("gla", "retnet")  # of another package
+HERE = [name for name in MIXERS if name not in OPTIONAL]
+CAUSAL = [name for name in HERE if name != "linformer"]
 LENGTH = 13
 
 
@@ -185,7 +190,7 @@ def test_causal_mixers_do_not_see_the_future(name):
     assert not torch.allclose(mixer(changed)[:, 7], mixer(x)[:, 7])
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_has_no_effect(name, causal):
     if causal and name not in CAUSAL:
@@ -200,7 +205,7 @@ def test_padding_has_no_effect(name, causal):
     torch.testing.assert_close(mixer(padded, key_padding_mask=padding)[:, :LENGTH], mixer(x), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", HERE)
 def test_gradients_are_finite_where_query_and_key_are_equal(name):
     mixer = mixer_of(name, name in CAUSAL)
     x = tokens()[:, :1].expand(-1, LENGTH, -1).clone().requires_grad_()
@@ -209,7 +214,7 @@ def test_gradients_are_finite_where_query_and_key_are_equal(name):
     assert all(p.grad is None or p.grad.isfinite().all() for p in mixer.parameters())
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", HERE)
 def test_mixers_without_a_state_say_so(name):
     mixer = mixer_of(name, name in CAUSAL)
     if mixer.recurrent:
@@ -236,3 +241,41 @@ def test_rotary_products_depend_on_the_distance_alone():
         assert complex(turned[i], turned[i + 3]) == pytest.approx(z)
     with pytest.raises(ValueError, match="rope: got head size 5"):
         rotate(torch.zeros(1, 1, 1, 5), 100.0)
+
+
+class Layer(torch.nn.Module):
+    """Stands for a layer of flash-linear-attention: doubles its input and keeps its arguments."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, hidden_states, attention_mask=None):
+        self.mask = attention_mask
+        return 2 * hidden_states, None, None
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_optional_package_is_named_where_it_is_missing_and_called_where_it_is_not(name, monkeypatch):
+    def make(causal=True):
+        return make_mixer(name, 8, 2, causal=causal, max_length=9, options={"expand_v": 1.0})
+
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setitem(sys.modules, "fla.layers", None)
+    with pytest.raises(ConfigError, match="pip install flash-linear-attention"):
+        make()
+    with pytest.raises(ConfigError, match="causal: got False"):
+        make(causal=False)
+    layers = types.ModuleType("fla.layers")
+    layers.GatedLinearAttention = layers.MultiScaleRetention = Layer
+    monkeypatch.setitem(sys.modules, "fla.layers", layers)
+    monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
+    mixer = make()
+    assert mixer.layer.options == {"hidden_size": 8, "num_heads": 2, "expand_v": 1.0}
+    x = tokens()
+    assert torch.equal(mixer(x), 2 * x)
+    padding = torch.arange(LENGTH).expand(2, -1) >= 9
+    mixer(x, key_padding_mask=padding)
+    assert torch.equal(mixer.layer.mask, (~padding).double())
+    with pytest.raises(ValueError, match="keeps none"):
+        mixer(x, return_state=True)

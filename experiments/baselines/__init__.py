@@ -31,6 +31,8 @@ MIXERS = {
     "sigmoid": "experiments.baselines.sigmoid:SigmoidMixer",
     "yoso": "experiments.baselines.yoso:YosoMixer",
     "angular": "experiments.baselines.angular:AngularMixer",
+    "gla": "experiments.baselines.fla:GatedLinearMixer",
+    "retnet": "experiments.baselines.fla:RetNetMixer",
 }
 
 

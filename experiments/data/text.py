@@ -193,8 +193,8 @@ class WindowSampler:
 
     def batch(self, position: int, size: int) -> tuple[Tensor, Tensor]:
         """Windows number ``position`` to ``position + size``: inputs and targets, [size, context] int64 each."""
-        starts = [self._start(position + i) for i in range(size)]
-        rows = torch.stack([self.text[s : s + self.context + 1] for s in starts]).long()
+        starts = torch.tensor([self._start(position + i) for i in range(size)]).to(self.text.device)
+        rows = self.text[starts[:, None] + torch.arange(self.context + 1, device=self.text.device)].long()
         return rows[:, :-1], rows[:, 1:]
 
 
