@@ -408,3 +408,20 @@ def test_real_files_where_they_are():
     sst2 = task("sst2", {"limit": 1000}, folder)
     assert {k: len(v.targets) for k, v in sst2.splits.items()} == {"train": 1000, "valid": 872, "test": 1000}
     assert len(list(itertools.islice(sst2.batches("valid", 100), 3))) == 3
+
+
+METHODS = ["race", "softmax", "linear", "performer", "linformer", "sigmoid", "yoso", "angular"]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "name"), [*((m, "sst2") for m in METHODS), *((m, "mqar") for m in METHODS if m != "linformer")]
+)
+def test_every_method_trains_in_bfloat16(mixer, name, data, tmp_path):
+    options = {"linformer": {"rank": 4}, "race": {"conv_size": 4, "norm_gate": True}}.get(mixer, {})
+    if (mixer, name) == ("race", "mqar"):
+        options |= {"decay": "per_token", "learn_hyperplanes": True}
+    model = dataclasses.replace(SMALL, mixer=mixer, mixer_options=options)
+    config = run_config(task=name, task_options=TINY[name], model=model, precision="bfloat16", steps=3, epochs=None)
+    result = run_of(config, data, tmp_path).train()
+    assert result["error"] is None
+    assert result["final"]["train_loss"] < 10
