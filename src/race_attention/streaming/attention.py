@@ -111,7 +111,7 @@ class _Run:
         self.forward = StreamForward(None)  # type: ignore[arg-type]
         if keep_every is not None and core.causal:
             file = None if journal is None else Path(journal) / "boundaries.bin"
-            self.forward.boundaries = Boundaries(keep_every, keep_on, file)
+            self.forward.boundaries = Boundaries(keep_every, keep_on, file, source.count)
 
     def causal(self, state: RaceState | None, bar: Progress) -> StreamForward:
         """One sweep: outputs and states together."""

@@ -170,7 +170,7 @@ class _Sweeps:
             torch.clear_autocast_cache()  # what is cast without a graph must not be met again with one
             with suppress(Reached):
                 self.carrier.run(lambda: self.call(self.carrier.model, segment), state, self.last_call)
-            after = self.carrier.state().detach()
+            after = ModelState(trees.tree_map(trees.compact, self.carrier.state().modules))
         if self.stop_early and self.last_call is None:
             self.last_call = self._last_call()
         return after

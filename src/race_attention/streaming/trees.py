@@ -61,6 +61,12 @@ def detach(tree: Any) -> Any:
     return tree_map(Tensor.detach, tree)
 
 
+def compact(x: Tensor) -> Tensor:
+    """The same numbers, cut from the graph, in memory of their own: a view keeps all that it is a view of."""
+    x = x.detach()
+    return x if x.untyped_storage().nbytes() <= 2 * x.numel() * x.element_size() else x.clone()
+
+
 def move(tree: Any, device: torch.device | str) -> Any:
     """The state on another device."""
     return tree_map(lambda x: x.to(device), tree)
