@@ -140,6 +140,7 @@ class Causal : public Base<T> {
     for (i64 n = 0; n < room.block_count; ++n) {
       const Block<T>& b = room.blocks[n];
       const i64 rows = round_up(b.count, W<T>);
+      this->next_block();
       scale_before(room.state, b);
       take_keys(b, begin, rows, nullptr);
       const Tile<T> v = this->load_values(b, rows);
@@ -155,7 +156,7 @@ class Causal : public Base<T> {
     this->score(b.count, rows);
     this->denominators(w, rows, b.count);
     set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states},
-                   {room.scores, C, 1, v.p, v.ld, b.count}, true);
+                   {room.scores, C, 1, v.p, v.ld, b.count}, true, &room.ahead);
     this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
   }
 
@@ -177,6 +178,7 @@ class Causal : public Base<T> {
     for (i64 n = 0; n < room.block_count; ++n) {
       const Block<T>& b = room.blocks[n];
       const i64 rows = round_up(b.count, W<T>);
+      this->next_block();
       scale_before(room.state, b);
       take_keys(b, begin, rows, nullptr);
       const Tile<T> v = this->load_values(b, rows);
@@ -189,12 +191,12 @@ class Causal : public Base<T> {
   void backward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
     const T* w = room.state.w;
     const Tile<T> x = take_queries(b, run_begin, h, rows, &room.slopes);
-    const Tile<T> grad = this->load_grad_out(b, h, rows);
+    const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
     this->score(b.count, rows);
     this->denominators(w, rows, b.count);
     this->drop_gradients_out_of_range(b.count);
     dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value);
-    dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value);
+    dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
       V<T> dot = {};  // dout_i . num_i
       for (i64 s = 0; s < p.states; ++s) dot += load(room.pq + s * C + t) * load(room.dphi + s * C + t);
@@ -227,10 +229,12 @@ class Causal : public Base<T> {
   void key_run(i64 begin, i64 end, i64 slot, bool only_state) {
     Running<T>& adjoint = room.adjoint;
     adjoint.start_run();
+    this->from_the_end = true;
     this->cut_blocks(begin, end);
     this->clear_hash_gradients();
     for (i64 n = room.block_count - 1; n >= 0; --n) {
       const Block<T>& b = room.blocks[n];
+      this->next_block();
       if (b.over != T(1)) adjoint.scale(b.over);
       if (only_state)
         accumulate_adjoint(b, begin);
@@ -239,6 +243,7 @@ class Causal : public Base<T> {
       if (b.before != T(1)) adjoint.scale(b.before);
     }
     adjoint.end_run(room.run_factor);
+    this->from_the_end = false;
     if (only_state) return;
     this->add_hash_gradients(slot, 1);
     if (a.dlog_decay) backward_decay(begin, end);
@@ -261,7 +266,7 @@ class Causal : public Base<T> {
     const Tile<T> v = this->load_values(b, rows);
     // dv is gathered in `grad`: `out` is needed for dk before all heads are done.
     set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
-    dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp);
+    dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
     for (i64 s = 0; s < p.states; ++s)
       for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
     for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
@@ -314,20 +319,19 @@ class Causal : public Base<T> {
   Tile<T> take_keys(const Block<T>& b, i64 run_begin, i64 rows, const Slopes<T>* slopes) {
     this->key_parts(b.begin, b.count, a.log_decay ? room.key_factor + (b.begin - run_begin) : nullptr);
     const Tile<T> x = this->load_keys(b, rows);
-    hash<T>(f, x, rows, room.part_k, room.y, room.pk, slopes);
+    hash<T>(f, x, rows, room.part_k, room.y, room.pk, slopes, &room.ahead);
     return x;
   }
   Tile<T> take_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Slopes<T>* slopes) {
     this->query_parts(b.count, a.log_decay ? room.query_factor + (b.begin - run_begin) : nullptr);
     const Tile<T> x = this->load_queries(b, h, rows);
-    hash<T>(f, x, rows, room.part_q, room.y, room.pq, slopes);
+    hash<T>(f, x, rows, room.part_q, room.y, room.pq, slopes, &room.ahead);
     return x;
   }
   // h and c of a block of queries, into `scaled` and `den_adjoint`; their buckets are lifted as they were.
   void take_grad_out(const Block<T>& b, i64 h, i64 rows) {
     const i64 Vp = room.size.value;
-    const Tile<T> grad = load_tile<T>(p, a.grad_out, row.batch, row.q0 + b.begin, h, b.count, rows, a.value_dim, Vp,
-                                      static_cast<const T*>(nullptr), room.scaled);
+    const Tile<T> grad = this->load_grad_out(b, h, rows, room.scaled);
     for (i64 i = 0; i < b.count; ++i) {
       const T* kept = this->inverse_of(b.begin + i, h);
       room.den_adjoint[i] = kept[1];

@@ -8,6 +8,10 @@
 #include <numeric>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "isa.hpp"
 #include "parallel.hpp"
 
@@ -17,6 +21,7 @@ namespace {
 enum Result : int { kDone = 0, kNoMemory = 1, kInterrupted = 2, kOtherVersion = 3, kNoSuchIsa = 4 };
 
 constexpr i64 kSlots = 64;           // at most about so many a key head
+constexpr i64 kLarge = i64(1) << 23;  // bytes of a result that no cache is expected to keep for its reader
 constexpr double kPerSecond = 2e10;  // multiplications and additions of one thread, roughly
 // Passing over a row's pieces at the same time costs a further pass over keys and values (forward).
 constexpr double kForwardCost = 1.5, kBackwardCost = 1.25;
@@ -24,6 +29,19 @@ constexpr double kForwardCost = 1.5, kBackwardCost = 1.25;
 struct Range {
   i64 begin, end, size;  // pieces, tokens
 };
+
+// Asks for large pages behind a large result that nobody has touched yet: with pages of 4 KiB the system spends longer
+// on handing out the memory than the kernels on filling it. Whoever does not listen loses nothing.
+void ask_for_large_pages(const Tokens& x, i64 tokens, i64 heads, i64 size, i64 bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t page = std::uintptr_t(1) << 21;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(x.data) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<std::uintptr_t>(x.data) + static_cast<std::uintptr_t>(tokens * heads * size * bytes)) / page * page;
+  if (x.data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)x, (void)tokens, (void)heads, (void)size, (void)bytes;
+#endif
+}
 
 class Call {
  public:
@@ -180,6 +198,12 @@ class Call {
     const double tokens = static_cast<double>(a.batch) * static_cast<double>(a.tq * a.heads + a.tk * a.groups);
     team.reset(new Team(a, kernels.scratch_bytes(p), passes * tokens * a_query / kPerSecond));
     p.stop = team->stop();
+    const i64 bytes = a.store == kFloat64 ? 8 : a.store == kFloat32 ? 4 : 2;
+    p.large = a.batch * std::max(a.tq * a.heads, a.tk * a.groups) * std::max(a.dim, a.value_dim) * bytes >= kLarge;
+    ask_for_large_pages(a.out, a.batch * a.tq, a.heads, a.value_dim, bytes);
+    ask_for_large_pages(a.dq, a.batch * a.tq, a.heads, a.dim, bytes);
+    ask_for_large_pages(a.dk, a.batch * a.tk, a.groups, a.dim, bytes);
+    ask_for_large_pages(a.dv, a.batch * a.tk, a.groups, a.value_dim, bytes);
   }
 
   // Whether rows are better passed over one by one, each by one thread: true where there are rows and heads enough.

@@ -106,6 +106,7 @@ class Full : public Base<T> {
   template <class Do>
   void blocks(i64 begin, i64 end, Do&& work_on) {
     for (i64 t = begin; t < end; t += C) {
+      this->next_block();
       const Block<T> b{t, min_of(C, end - t), T(1), T(1)};
       work_on(b, round_up(b.count, W<T>));
     }
@@ -153,10 +154,10 @@ class Full : public Base<T> {
     const T* w = room.state.w;
     const i64 ld = room.size.ld, Vp = room.size.value;
     const Tile<T> x = take_queries(b, h, rows, &room.slopes);
-    const Tile<T> grad = this->load_grad_out(b, h, rows);
+    const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
     this->denominators(w, rows, 0);
     this->drop_gradients_out_of_range(b.count);
-    dots<T>(room.dphi, C, w, ld, p.states, grad.p, grad.ld, rows, Vp);
+    dots<T>(room.dphi, C, w, ld, p.states, grad.p, grad.ld, rows, Vp, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
       V<T> dot = {};
       for (i64 s = 0; s < p.states; ++s) dot += load(room.pq + s * C + t) * load(room.dphi + s * C + t);
@@ -188,7 +189,7 @@ class Full : public Base<T> {
         }
         if (!a.dk.data && !this->wants_hash()) return;
         const Tile<T> v = this->load_values(b, rows);
-        dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp);
+        dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
         for (i64 s = 0; s < p.states; ++s)
           for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
         this->hash_gradients(room.pk, x, a.dk, row.k0, b, g, rows);
@@ -200,13 +201,13 @@ class Full : public Base<T> {
   Tile<T> take_keys(const Block<T>& b, i64 rows, const Slopes<T>* slopes) {
     this->key_parts(b.begin, b.count, nullptr);
     const Tile<T> x = this->load_keys(b, rows);
-    hash<T>(f, x, rows, room.part_k, room.y, room.pk, slopes);
+    hash<T>(f, x, rows, room.part_k, room.y, room.pk, slopes, &room.ahead);
     return x;
   }
   Tile<T> take_queries(const Block<T>& b, i64 h, i64 rows, const Slopes<T>* slopes) {
     this->query_parts(b.count, nullptr);
     const Tile<T> x = this->load_queries(b, h, rows);
-    hash<T>(f, x, rows, room.part_q, room.y, room.pq, slopes);
+    hash<T>(f, x, rows, room.part_q, room.y, room.pq, slopes, &room.ahead);
     return x;
   }
 };

@@ -68,6 +68,7 @@ void pack(const Problem& p, void* to) {
 }
 void work(const Problem& p, const Work& w, void* scratch) {
   wide(p) ? work_of<double>(p, w, scratch) : work_of<float>(p, w, scratch);
+  finish_streams();
 }
 
 }  // namespace

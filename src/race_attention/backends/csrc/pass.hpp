@@ -28,6 +28,7 @@ class Base {
   Hash<T> f;
   Row row{};
   i64 row_index = 0;
+  bool from_the_end = false;  // whether blocks are taken from the last to the first
 
   bool stopped() const { return __atomic_load_n(p.stop, __ATOMIC_RELAXED) != 0; }
   void enter(const Piece& piece) {
@@ -154,19 +155,35 @@ class Base {
 
   // ---- blocks --------------------------------------------------------------------------------------------
 
+  void next_block() {
+    room.ahead.ask_rest();
+    room.ahead.clear();
+  }
+  // Each load asks for the next block's as well: behind this one, or before it where the pass runs backward.
   Tile<T> load_keys(const Block<T>& b, i64 rows) {
+    ask_ahead(a.k, row.k0, b, g, a.dim, row.klen);
     return load_tile<T>(p, a.k, row.batch, row.k0 + b.begin, g, b.count, rows, a.dim, room.size.dim, room.part_k, room.x);
   }
   Tile<T> load_values(const Block<T>& b, i64 rows) {
+    ask_ahead(a.v, row.k0, b, g, a.value_dim, row.klen);
     return load_tile<T>(p, a.v, row.batch, row.k0 + b.begin, g, b.count, rows, a.value_dim, room.size.value,
                         room.part_k, room.v);
   }
   Tile<T> load_queries(const Block<T>& b, i64 h, i64 rows) {
+    ask_ahead(a.q, row.q0, b, h, a.dim, row.qlen);
     return load_tile<T>(p, a.q, row.batch, row.q0 + b.begin, h, b.count, rows, a.dim, room.size.dim, nullptr, room.q);
   }
-  Tile<T> load_grad_out(const Block<T>& b, i64 h, i64 rows) {
+  Tile<T> load_grad_out(const Block<T>& b, i64 h, i64 rows, T* to) {
+    ask_ahead(a.grad_out, row.q0, b, h, a.value_dim, row.qlen);
     return load_tile<T>(p, a.grad_out, row.batch, row.q0 + b.begin, h, b.count, rows, a.value_dim, room.size.value,
-                        nullptr, room.grad);
+                        nullptr, to);
+  }
+  void ask_ahead(const Tokens& x, i64 first, const Block<T>& b, i64 h, i64 size, i64 length) {
+    const i64 t = from_the_end ? b.begin - C : b.begin + b.count;
+    if (t < 0 || x.d != 1) return;
+    const i64 bytes = a.store == kBFloat16 ? 2 : static_cast<i64>(sizeof(T));
+    const char* to = static_cast<const char*>(x.data) + (row.batch * x.b + (first + t) * x.t + h * x.h) * bytes;
+    room.ahead.add(to, x.t * bytes, min_of(C, length - t), size * bytes);
   }
   void store(const Tokens& to, i64 first, const Block<T>& b, i64 h, i64 size, i64 ld, const T* factor = nullptr) {
     store_tile<T>(p, to, row.batch, first + b.begin, h, b.count, size, room.out, ld, factor);
@@ -174,7 +191,7 @@ class Base {
 
   // state += buckets^T rows: values here, masses `weight` (1 where null) besides.
   void add_to_state(T* w, T* second, const T* buckets, const T* rows, i64 ld, i64 count, const T* weight, T factor) {
-    add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count}, factor, second);
+    add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count}, factor, second, &room.ahead);
     for (i64 s = 0; s < p.states; ++s) {
       T mass = 0;
       for (i64 i = 0; i < count; ++i) mass += weight ? buckets[s * C + i] * weight[i] : buckets[s * C + i];

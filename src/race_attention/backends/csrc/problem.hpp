@@ -84,6 +84,7 @@ struct Problem {
   i64 heads_a_group, buckets, states, projections;  // n, R, S, L * P
   const Row* rows;
   i64 slots;
+  i64 large;                  // whether results are too large for the caches
   const void* packed_planes;  // [G][L * P][padded D]
   void* inverse;              // [B * Tq * H][3]: 1 / denominator, its adjoint, lift; from queries to keys
   double* partial;            // [G][slots][2][L * P * D + 1]: gradients of hyperplanes and of beta

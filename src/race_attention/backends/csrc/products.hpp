@@ -7,6 +7,39 @@ namespace race {
 namespace RACE_NAMESPACE {
 namespace {
 
+// Lines of memory to be asked for while products run. A processor keeps some twenty reads under way; asked for all at
+// once, the rows of a block (400 lines) would be waited for instead of fetched behind the arithmetic.
+class Ahead {
+ public:
+  RACE_INLINE void clear() { count_ = at_ = 0; }
+  RACE_INLINE void add(const char* row, i64 stride, i64 rows, i64 bytes) {
+    if (count_ < kMost && rows > 0) rows_[count_++] = {row, stride, rows, (bytes + 63) / 64, 0};
+  }
+  RACE_INLINE void ask(int lines) {
+    while (lines > 0 && at_ < count_) {
+      Rows& r = rows_[at_];
+      const char* p = r.row + r.line * 64;
+      const i64 n = min_of(lines, r.lines - r.line);
+      for (i64 i = 0; i < n; ++i, p += 64) __builtin_prefetch(p, 0, 3);
+      lines -= static_cast<int>(n);
+      if ((r.line += n) < r.lines) continue;
+      r.line = 0;
+      r.row += r.stride;
+      if (--r.left == 0) ++at_;
+    }
+  }
+  RACE_INLINE void ask_rest() { ask(1 << 30); }
+
+ private:
+  static constexpr int kMost = 16;
+  struct Rows {
+    const char* row;
+    i64 stride, left, lines, line;
+  };
+  Rows rows_[kMost];
+  int count_ = 0, at_ = 0;
+};
+
 // out[a * ldo + b] = sum over d of left[a][d] * right[b][d]: rows against rows, lanes along d. W sums are taken at a
 // time, so that the sums across lanes cost 3 (W - 1) operations for W results. `d` is a multiple of W, `nb` of Tb.
 template <class T>
@@ -16,7 +49,8 @@ struct DotTile {
 };
 
 template <class T>
-RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const T* right, i64 ldr, i64 nb, i64 d) {
+RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const T* right, i64 ldr, i64 nb, i64 d,
+                      Ahead* ahead = nullptr) {
   constexpr int A = DotTile<T>::a, B = DotTile<T>::b;
   for (i64 b0 = 0; b0 < nb; b0 += B)
     for (i64 a0 = 0; a0 < na; a0 += A) {
@@ -38,6 +72,7 @@ RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const T* 
       V<T> result = sums<T>(acc);
       for (int i = 0; i < A && a0 + i < na; ++i)
         for (int j = 0; j < B; ++j) out[(a0 + i) * ldo + b0 + j] = result[i * B + j];
+      if (ahead) ahead->ask(6);
     }
 }
 
@@ -119,20 +154,25 @@ struct Combine {
 
 // out[i][column] (+)= both pairs' sums, for m rows i and `columns` columns (a multiple of W), lanes along columns.
 template <class T>
-__attribute__((noinline)) void combine(const Combine<T>& c, i64 m, i64 columns) {
+__attribute__((noinline)) void combine(const Combine<T>& c, i64 m, i64 columns, Ahead* ahead) {
   const Combine<T> copy = c;
   i64 column = 0;
-  for (; column + 2 * W<T> <= columns; column += 2 * W<T>) copy.template panel<2>(m, column);
+  for (; column + 2 * W<T> <= columns; column += 2 * W<T>) {
+    copy.template panel<2>(m, column);
+    if (ahead) ahead->ask(12);
+  }
   if (column < columns) copy.template panel<1>(m, column);
 }
 
 template <class T>
-RACE_INLINE void set_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, Pair<T> b = {}, bool triangular = false) {
-  combine<T>({out, ldo, nullptr, a, b, triangular, To::kSet, T(1)}, m, columns);
+RACE_INLINE void set_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, Pair<T> b = {}, bool triangular = false,
+                             Ahead* ahead = nullptr) {
+  combine<T>({out, ldo, nullptr, a, b, triangular, To::kSet, T(1)}, m, columns, ahead);
 }
 template <class T>
-RACE_INLINE void add_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, T factor = 1, T* second = nullptr) {
-  combine<T>({out, ldo, second, a, {}, false, To::kAdd, factor}, m, columns);
+RACE_INLINE void add_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, T factor = 1, T* second = nullptr,
+                             Ahead* ahead = nullptr) {
+  combine<T>({out, ldo, second, a, {}, false, To::kAdd, factor}, m, columns, ahead);
 }
 
 }  // namespace

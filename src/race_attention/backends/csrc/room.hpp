@@ -100,6 +100,7 @@ struct Room {
   T *part_k, *part_q, *den, *inverse, *den_adjoint, *lift, *total;
   T *key_term;  // [run]
   T *dw, *dbeta;
+  Ahead ahead;
 
   Room(const Problem& p, Cutter& cut) : size(sizes<T>(p)) {
     const i64 S = p.states, LP = p.projections, run = p.a->run;

@@ -48,9 +48,9 @@ RACE_INLINE void write(T* __restrict out, const T* __restrict in, i64 n, i64 str
 template <class T>
 RACE_INLINE void write(std::uint16_t* __restrict out, const T* __restrict in, i64 n, i64 stride, T factor) {
   if (stride == 1)
-    for (i64 i = 0; i < n; ++i) out[i] = narrow(in[i] * factor);
+    for (i64 i = 0; i < n; ++i) out[i] = narrow(static_cast<float>(in[i] * factor));
   else
-    for (i64 i = 0; i < n; ++i) out[i * stride] = narrow(in[i] * factor);
+    for (i64 i = 0; i < n; ++i) out[i * stride] = narrow(static_cast<float>(in[i] * factor));
 }
 
 // A block of rows of tokens in the arithmetic's dtype.
@@ -91,15 +91,36 @@ __attribute__((noinline)) Tile<T> load_tile(const Problem& p, const Tokens& x, i
   return {room, padded};
 }
 
+// Whether rows may be streamed: many of them, and each begins at a vector.
+RACE_INLINE bool streams(const Problem& p, const Tokens& x, i64 size, i64 bytes) {
+  const i64 ends = reinterpret_cast<i64>(x.data) | (x.b * bytes) | (x.t * bytes) | (x.h * bytes) | (size * bytes);
+  return p.large && x.d == 1 && ends % RACE_BYTES == 0;
+}
+
+// Rows of `tile`, each multiplied by its factor, to tokens t .. t + n - 1.
 template <class T>
 __attribute__((noinline)) void store_tile(const Problem& p, const Tokens& x, i64 b, i64 t, i64 h, i64 n, i64 size,
                                           const T* tile, i64 ld, const T* factor) {
+  const bool half = p.a->store == kBFloat16;
+  const i64 bytes = half ? 2 : static_cast<i64>(sizeof(T));
+  const bool past_caches = streams(p, x, size, bytes);
   for (i64 i = 0; i < n; ++i) {
     const T f = factor ? factor[i] : T(1);
-    if (p.a->store == kBFloat16)
-      write<T>(static_cast<std::uint16_t*>(x.data) + b * x.b + (t + i) * x.t + h * x.h, tile + i * ld, size, x.d, f);
-    else
-      write<T>(static_cast<T*>(x.data) + b * x.b + (t + i) * x.t + h * x.h, tile + i * ld, size, x.d, f);
+    const T* row = tile + i * ld;
+    char* to = static_cast<char*>(x.data) + (b * x.b + (t + i) * x.t + h * x.h) * bytes;
+    if (half && past_caches) {
+      alignas(64) std::uint16_t part[2 * W<float>];
+      for (i64 d = 0; d < size; d += 2 * W<float>) {
+        for (i64 k = 0; k < 2 * W<float>; ++k) part[k] = narrow(static_cast<float>(row[d + k] * f));
+        stream(to + d * 2, load(reinterpret_cast<const float*>(part)));
+      }
+    } else if (past_caches) {
+      for (i64 d = 0; d < size; d += W<T>) stream(to + d * bytes, (V<float>)(load(row + d) * f));
+    } else if (half) {
+      write<T>(reinterpret_cast<std::uint16_t*>(to), row, size, x.d, f);
+    } else {
+      write<T>(reinterpret_cast<T*>(to), row, size, x.d, f);
+    }
   }
 }
 
@@ -122,9 +143,9 @@ struct Hash {
 
 template <class T>
 __attribute__((noinline)) void hash(const Hash<T>& f, Tile<T> x, i64 rows, const T* part, T* y, T* phi,
-                                    const Slopes<T>* slopes) {
+                                    const Slopes<T>* slopes, Ahead* ahead) {
   const T floor = T(1) / 8192;
-  dots<T>(y, C, f.w, f.padded_dim, f.tables * f.planes, x.p, x.ld, rows, f.padded_dim);
+  dots<T>(y, C, f.w, f.padded_dim, f.tables * f.planes, x.p, x.ld, rows, f.padded_dim, ahead);
   for (i64 t = 0; t < rows; t += W<T>)
     for (i64 l = 0; l < f.tables; ++l) {
       T* table = phi + l * f.buckets * C + t;
