@@ -320,6 +320,21 @@ def test_numpy_files_in_and_out(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".npy"}  # no unfinished files are left
 
 
+def test_arrays_are_filled(tmp_path: Path) -> None:
+    case = Case("full-all")
+    out = np.lib.format.open_memmap(tmp_path / "o.npy", mode="w+", dtype="float64", shape=tuple(case.out.shape))
+    stream_attention(case.source(4), sink=out, **case.options)
+    assert relative_error(torch.from_numpy(np.load(tmp_path / "o.npy")), case.out) <= 1e-13
+    sinks = {name: torch.full_like(case.inputs[name], float("nan")).detach() for name in ("query", "key", "value")}
+    stream_attention_backward(
+        case.source(4), case.grad_source(4), grad_sink=sinks, grad_state=case.grad_state, **case.options
+    )
+    for name, x in sinks.items():
+        assert relative_error(x, case.gradients[name]) <= 1e-12
+    with pytest.raises(ValueError, match="sink: got an array of shape"):
+        stream_attention(case.source(4), sink=sinks["query"][:, :-1], **case.options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_safetensors_in_and_out(tmp_path: Path, dtype: torch.dtype) -> None:
     case = Case("causal-all", dtype)

@@ -251,6 +251,19 @@ def test_compiled(part: str) -> None:
     assert worst(gradients(model), expected) <= 1e-12
 
 
+@pytest.mark.slow
+def test_a_layer_with_its_state_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("race_attention.backends.NATIVE", {})
+    model = Model(1, **LAYERS["all"]).double()
+    x = torch.randn(2, 8, 12, dtype=torch.float64)
+    block = torch.compile(model.blocks[0], backend="eager", fullgraph=True)
+    with protocol.Carrier(block) as carrier:
+        first, state = carrier.run(lambda: block(x), None), carrier.state()
+        second = carrier.run(lambda: block(x), state)
+    whole = model.blocks[0](torch.cat((x, x), dim=1))
+    torch.testing.assert_close(torch.cat((first, second), dim=1), whole)
+
+
 def test_an_initial_state_continues() -> None:
     model, data = Model(2, **LAYERS["all"]).double(), text()
     whole = stream_backward(model, cut(data, 4), loss_of)

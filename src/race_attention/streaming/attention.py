@@ -57,8 +57,8 @@ def stream_attention(
         hyperplanes, beta, causal, scale, readout, backend: as for :func:`race_attention`.
         log_decay: [G]; per token it comes with the segments.
         sink: takes the outputs, [B, t, H, Dv] a segment: a function of (out, position of its first token), the
-            path of a .npy or .safetensors file (array "out"), a :class:`Sink`, or None: then outputs are not
-            even computed.
+            path of a .npy or .safetensors file (array "out"), an array [B, T, H, Dv] to be filled (a tensor, a
+            NumPy array or memory map), a :class:`Sink`, or None: then outputs are not even computed.
         initial_state: of what came before: earlier tokens if causal, more keys otherwise.
         count: the number of segments, where ``source`` is a function of the index.
         tokens: how many in all, where a file sink has to know and the source does not.

@@ -82,7 +82,7 @@ def stream_attention_backward(
         forward: what that returned, with ``keep_every`` if causal: saves the sweep that finds the states.
         grad_sink: takes the gradients of the segments: a function of (:class:`SegmentGradients`, position of the
             first token), a .safetensors path (arrays "query", "key", "value", and "log_decay" where segments
-            have it; causal only), a dict of sinks for these names, a :class:`Sink`, or None.
+            have it; causal only), a dict of sinks or arrays for these names, a :class:`Sink`, or None.
         grad_state: the gradient of the final state's mass and value_sum. Default 0.
         count: the number of segments, where the sources are functions of the index.
         keep_every: without ``forward``: keeps the state before every n-th segment, and finds those between by

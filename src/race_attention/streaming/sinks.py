@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .files import FileArray, create, open_npy, open_safetensors
@@ -81,6 +82,31 @@ class FunctionSink(Sink):
     def write(self, pieces: Mapping[str, Tensor], start: int) -> None:
         """Hands on."""
         self.function(pieces["out"] if "out" in pieces else SegmentGradients(**pieces), start)
+
+
+class ArraySink(Sink):
+    """An array [B, T, ...] with room for all: a tensor, a NumPy array, a writable memory map."""
+
+    def __init__(self, array: Any):
+        self.array = array
+        self.tensor: Tensor = array if isinstance(array, Tensor) else torch.from_numpy(array)
+        self.on_cpu = self.tensor.device.type == "cpu"
+
+    def write(self, pieces: Mapping[str, Tensor], start: int) -> None:
+        """Copies the one piece into its place."""
+        if len(pieces) != 1:
+            raise ValueError(f"sink: got one array for {sorted(pieces)}, allowed is a dict with an array for each")
+        (piece,) = pieces.values()
+        room = self.tensor[:, start : start + piece.shape[1]]
+        if room.shape != piece.shape:
+            given = [*piece.shape[:1], f"{start} to {start + piece.shape[1]}", *piece.shape[2:]]
+            raise ValueError(f"sink: got an array of shape {list(self.tensor.shape)} for a piece {given}")
+        room.copy_(piece)
+
+    def flush(self) -> None:
+        """Of a memory map."""
+        if hasattr(self.array, "flush"):
+            self.array.flush()
 
 
 class FileSink(Sink):
@@ -196,7 +222,7 @@ class SplitSink(Sink):
 
 
 def as_sink(given: Any) -> Sink:
-    """The sink that an argument means: None, a Sink, a path of a file, a dict of sinks, a function.
+    """The sink that an argument means: None, a Sink, a path of a file, an array, a dict of sinks, a function.
 
     Raises:
         TypeError: none of these.
@@ -209,9 +235,11 @@ def as_sink(given: Any) -> Sink:
         return FileSink(given)
     if isinstance(given, Mapping):
         return SplitSink(given)
+    if isinstance(given, Tensor) or hasattr(given, "__array_interface__"):
+        return ArraySink(given)
     if callable(given):
         return FunctionSink(given)
     raise TypeError(
         f"sink: got {type(given).__name__}, allowed is None, a function, the path of a .npy or .safetensors file, "
-        f"a dict of sinks, or a Sink"
+        f"an array with room, a dict of sinks, or a Sink"
     )

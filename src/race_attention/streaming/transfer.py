@@ -46,11 +46,11 @@ def moved(items: Iterator[Any], device: torch.device | None, ahead: bool = True)
 
 def _fetch(items: Iterator[Any], device: torch.device, side: torch.cuda.Stream) -> tuple[Any, torch.cuda.Event] | None:
     """The next item on its way to the device, and the event of its arrival; None after the last."""
-    try:
-        item = next(items)
-    except StopIteration:
-        return None
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side):  # a source may compute on the device too
+        try:
+            item = next(items)
+        except StopIteration:
+            return None
         item = trees.tree_map(lambda x: _to_device(x, device), item)
         arrived = torch.cuda.Event()
         arrived.record(side)
