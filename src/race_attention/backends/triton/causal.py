@@ -78,7 +78,7 @@ def readout_kernel(
         phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
 
         score = tl.where(past, dot(phi_q, tl.trans(phi_k), PRECISION), 0.0)
-        numerator = dot(phi_q, operand(value_sum, PRECISION), PRECISION)
+        numerator = dot(phi_q, tl.trans(operand(value_sum, PRECISION)), PRECISION)
         denominator = tl.sum(phi_q.to(tl.float32) * mass[None, :], 1)
         if HAS_DECAY:
             whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
@@ -99,7 +99,7 @@ def readout_kernel(
             mass *= kept
             left = tl.exp((all_whole - whole) + (all_part - part))
             phi_k = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
-        value_sum += dot(tl.trans(phi_k), operand(v, PRECISION), PRECISION)
+        value_sum += dot(tl.trans(operand(v, PRECISION)), phi_k, PRECISION)
         mass += tl.sum(phi_k.to(tl.float32), 0)
 
 
@@ -143,10 +143,10 @@ def query_gradient_kernel(
     value_sum, mass = load_state(before + (run.to(tl.int64) * G + group) * (S * (V + 1)), 0, S, SP, V, VP)
     c = tl.arange(0, C)
     past = c[:, None] >= c[None, :]
-    grad_sum = tl.zeros([SP, VP], tl.float32)  # of the state before this run
+    grad_sum = tl.zeros([VP, SP], tl.float32)  # of the state before this run
     grad_mass = tl.zeros([SP], tl.float32)
     kept_so_far = tl.full([], 1.0, tl.float32)
-    planes_sum = tl.zeros([N, DP], tl.float32)
+    planes_sum = tl.zeros([DP, N], tl.float32)
     beta_sum = tl.zeros([C, N], tl.float32)
 
     for t in range(start, end, C):
@@ -161,16 +161,17 @@ def query_gradient_kernel(
         phi_k = buckets(project(k, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
         phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
 
-        weight = tl.where(past, 1.0, 0.0)
+        score = dot(phi_q, tl.trans(phi_k), PRECISION)
         if HAS_DECAY:
             whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
             age = (whole[:, None] - whole[None, :]) + (part[:, None] - part[None, :])
-            weight = tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
+            weight = tl.exp(tl.where(past, age, 0.0))
             since = tl.exp(whole + part)
-        score = dot(phi_q, tl.trans(phi_k), PRECISION) * weight
+            score *= weight
+        score = tl.where(past, score, 0.0)
         score_rounded = operand(score, PRECISION).to(tl.float32)
         along = dot(operand(do, PRECISION), tl.trans(operand(v, PRECISION)), PRECISION)  # grad_out_i . v_j
-        along_state = fine_dot(do, tl.trans(value_sum), PRECISION)  # grad_out_i . value_sum[s]
+        along_state = fine_dot(do, value_sum, PRECISION)  # grad_out_i . value_sum[s]
         mass_seen = tl.broadcast_to(mass[None, :], [C, SP])
         if HAS_DECAY:
             along_state *= since[:, None]
@@ -182,13 +183,16 @@ def query_gradient_kernel(
         tl.store(delta_at + t + c, delta, mask=t + c < end)
         tl.store(inverse_at + t + c, inverse, mask=t + c < end)
 
-        grad_score = operand((along - delta[:, None]) * weight * inverse[:, None], PRECISION)
+        grad_score = (along - delta[:, None]) * inverse[:, None]
+        if HAS_DECAY:
+            grad_score *= weight
+        grad_score = operand(tl.where(past, grad_score, 0.0), PRECISION)
         grad_phi = (along_state - delta[:, None] * mass_seen) * inverse[:, None] + dot(grad_score, phi_k, PRECISION)
         grad_y, grad_beta = bucket_gradients(grad_phi * full_phi, y, b, up, down, PRECISION)
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
         if NEED_PLANES:
-            planes_sum += dot(tl.trans(grad_y), operand(q, PRECISION), PRECISION)
+            planes_sum += dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
         dq = dot(grad_y, operand(w, PRECISION), PRECISION)
         store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
 
@@ -196,7 +200,7 @@ def query_gradient_kernel(
         if HAS_DECAY:
             seen *= (since * kept_so_far)[:, None]
         seen = operand(seen, PRECISION)
-        grad_sum += dot(tl.trans(seen), operand(do, PRECISION), PRECISION)
+        grad_sum += dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
         grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
         if HAS_DECAY:
             kept = tl.exp(all_whole + all_part)
@@ -205,7 +209,7 @@ def query_gradient_kernel(
             mass *= kept
             left = tl.exp((all_whole - whole) + (all_part - part))
             phi_k = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
-        value_sum += dot(tl.trans(phi_k), operand(v, PRECISION), PRECISION)
+        value_sum += dot(tl.trans(operand(v, PRECISION)), phi_k, PRECISION)
         mass += tl.sum(phi_k.to(tl.float32), 0)
 
     program = run.to(tl.int64) * H + head
@@ -258,14 +262,14 @@ def key_gradient_kernel(
     grad_sum, grad_mass = load_state(after + program * (S * (V + 1)), 0, S, SP, V, VP)
     c = tl.arange(0, C)
     past = c[:, None] <= c[None, :]  # keys down, queries across
-    planes_sum = tl.zeros([N, DP], tl.float32)
+    planes_sum = tl.zeros([DP, N], tl.float32)
     beta_sum = tl.zeros([C, N], tl.float32)
     if HAS_DECAY:
         if last:
             crossing = tl.load(at_the_end + row * G + group)
         else:
             value_sum, mass = load_state(before + (program + G) * (S * (V + 1)), 0, S, SP, V, VP)
-            crossing = tl.sum(tl.sum(value_sum * grad_sum, 1) + mass * grad_mass, 0)
+            crossing = tl.sum(tl.sum(value_sum * grad_sum, 0) + mass * grad_mass, 0)
 
     blocks = (end - start + C - 1) // C
     for i in range(0, blocks):
@@ -276,20 +280,19 @@ def key_gradient_kernel(
         y = project(k, w, PRECISION)
         full_phi = tl.where(inside[:, None], buckets(y, b, up, down, 0, S, SP, LIFT, PRECISION), 0.0)
         phi_k = operand(full_phi, PRECISION)
-        weight = tl.where(past, 1.0, 0.0)
         phi_left = phi_k
-        grad_phi = fine_dot(v, tl.trans(grad_sum), PRECISION) + grad_mass[None, :]
+        grad_phi = fine_dot(v, grad_sum, PRECISION) + grad_mass[None, :]
         if HAS_DECAY:
             whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
             age = (whole[None, :] - whole[:, None]) + (part[None, :] - part[:, None])
-            weight = tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
+            weight = tl.exp(tl.where(past, age, 0.0))
             since = tl.exp(whole + part)
             left = tl.exp((all_whole - whole) + (all_part - part))
             phi_left = operand(full_phi * left[:, None], PRECISION)
             of_key = tl.sum(grad_phi * phi_left.to(tl.float32), 1)  # phi_k . grad phi_k, of the weights as rounded
             grad_phi *= left[:, None]
             kept = tl.exp(all_whole + all_part)
-        dv = dot(phi_left, operand(grad_sum, PRECISION), PRECISION)
+        dv = dot(phi_left, tl.trans(operand(grad_sum, PRECISION)), PRECISION)
         if HAS_DECAY:
             grad_sum *= kept
             grad_mass *= kept
@@ -302,17 +305,23 @@ def key_gradient_kernel(
             phi_q = buckets(project(q, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
             seen = phi_q * inverse[:, None]
             phi_q = operand(phi_q, PRECISION)
-            score = dot(phi_k, tl.trans(phi_q), PRECISION) * (weight * inverse[None, :])
+            score = dot(phi_k, tl.trans(phi_q), PRECISION) * inverse[None, :]
+            if HAS_DECAY:
+                score *= weight
+            score = tl.where(past, score, 0.0)
             dv += dot(operand(score, PRECISION), operand(do, PRECISION), PRECISION)
             along = dot(operand(v, PRECISION), tl.trans(operand(do, PRECISION)), PRECISION)
             along -= delta[None, :]
-            grad_score = operand(along * (weight * inverse[None, :]), PRECISION)
+            grad_score = along * inverse[None, :]
+            if HAS_DECAY:
+                grad_score *= weight
+            grad_score = operand(tl.where(past, grad_score, 0.0), PRECISION)
             grad_phi += dot(grad_score, phi_q, PRECISION)
             if HAS_DECAY:
                 of_key += tl.sum(along * score, 1)
                 seen *= since[:, None]
             seen = operand(seen, PRECISION)
-            grad_sum += dot(tl.trans(seen), operand(do, PRECISION), PRECISION)
+            grad_sum += dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
             grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
 
         grad_log = grad_phi * full_phi
@@ -323,7 +332,7 @@ def key_gradient_kernel(
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
         if NEED_PLANES:
-            planes_sum += dot(tl.trans(grad_y), operand(k, PRECISION), PRECISION)
+            planes_sum += dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
         dk = dot(grad_y, operand(w, PRECISION), PRECISION)
         store_rows(grad_key, G * D, t, t + c < end, dk, C, D, DP)
         store_rows(grad_value, G * V, t, t + c < end, dv, C, V, VP)

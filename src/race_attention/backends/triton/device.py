@@ -76,11 +76,14 @@ def store_rows(base, stride, start, inside, x, C: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def load_state(base, tile, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr):
-    """(value_sum [SP, VP], mass [SP]) of a tile; a state is S * V value sums, then S masses, float32."""
+    """(value_sum [VP, SP], mass [SP]) of a tile; in memory a state is S * V value sums, then S masses, float32.
+
+    Transposed: what is added to it, v^T phi, then has Dv rows, enough for a Hopper matrix instruction.
+    """
     s = tile * SP + tl.arange(0, SP)
     v = tl.arange(0, VP)
-    pointer = base + s[:, None] * V + v[None, :]
-    value_sum = tl.load(pointer, mask=(s < S)[:, None] & (v < V)[None, :], other=0.0)
+    pointer = base + s[None, :] * V + v[:, None]
+    value_sum = tl.load(pointer, mask=(s < S)[None, :] & (v < V)[:, None], other=0.0)
     return value_sum, tl.load(base + S * V + s, mask=s < S, other=0.0)
 
 
@@ -88,17 +91,17 @@ def load_state(base, tile, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, V
 def store_state(base, tile, value_sum, mass, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr):
     s = tile * SP + tl.arange(0, SP)
     v = tl.arange(0, VP)
-    pointer = base + s[:, None] * V + v[None, :]
-    tl.store(pointer, value_sum, mask=(s < S)[:, None] & (v < V)[None, :])
+    pointer = base + s[None, :] * V + v[:, None]
+    tl.store(pointer, value_sum, mask=(s < S)[None, :] & (v < V)[:, None])
     tl.store(base + S * V + s, mass, mask=s < S)
 
 
 @triton.jit
 def store_planes(base, part, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Writes [N, DP] as part number ``part`` of the sums for the hyperplanes' gradient, [parts, N, D] float32."""
+    """Writes x [DP, N] as part number ``part`` of the sums for the hyperplanes' gradient, [parts, N, D] float32."""
     n = tl.arange(0, N)
     d = tl.arange(0, DP)
-    tl.store(base + (part * N + n)[:, None] * D + d[None, :], x, mask=(d < D)[None, :] & (n >= 0)[:, None])
+    tl.store(base + (part * N + n)[None, :] * D + d[:, None], x, mask=(d < D)[:, None] & (n >= 0)[None, :])
 
 
 @triton.jit
@@ -193,8 +196,11 @@ def buckets(
     log_large = tl.log2(large + 0.5 * FLOOR) + LIFT
     logit = sum_of(tl.where(y >= 0, log_large, log_small), up, PRECISION)
     logit += sum_of(tl.where(y >= 0, log_small, log_large), down, PRECISION)
-    s = tile * SP + tl.arange(0, SP)
-    return tl.where((s < S)[None, :], tl.exp2(logit), 0.0) if S % SP != 0 else tl.exp2(logit)
+    if S % SP != 0:
+        # A sum and not a mask, whose predicates would be kept through the loop.
+        s = tile * SP + tl.arange(0, SP)
+        logit += (tl.minimum(S - 1 - s, 0) * 1024).to(tl.float32)[None, :]
+    return tl.exp2(logit)
 
 
 @triton.jit

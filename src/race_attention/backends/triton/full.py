@@ -69,7 +69,7 @@ def readout_kernel(
                 value_sum, mass = load_state(state, tile, S, SP, V, VP)
             phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
             phi = operand(phi, PRECISION)
-            numerator += dot(phi, operand(value_sum, PRECISION), PRECISION)
+            numerator += dot(phi, tl.trans(operand(value_sum, PRECISION)), PRECISION)
             denominator += tl.sum(phi.to(tl.float32) * mass[None, :], 1)
         inverse = reciprocal(denominator)
         store_rows(out, H * V, t, t + c < end, numerator * inverse[:, None], C, V, VP)
@@ -101,9 +101,9 @@ def query_gradient_kernel(
     b = tl.load(beta + group)
     c = tl.arange(0, C)
     beta_sum = tl.zeros([C, N], tl.float32)
-    grad_sum = tl.zeros([SP, VP], tl.float32)
+    grad_sum = tl.zeros([VP, SP], tl.float32)
     grad_mass = tl.zeros([SP], tl.float32)
-    planes_sum = tl.zeros([N, DP], tl.float32)
+    planes_sum = tl.zeros([DP, N], tl.float32)
     if NS == 1:
         w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
         up, down = corner_signs(0, P, N, SP, PRECISION)
@@ -121,7 +121,7 @@ def query_gradient_kernel(
             phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
             phi = operand(phi, PRECISION).to(tl.float32)
             denominator += tl.sum(phi * mass[None, :], 1)
-            delta += tl.sum(phi * fine_dot(do, tl.trans(value_sum), PRECISION), 1)
+            delta += tl.sum(phi * fine_dot(do, value_sum, PRECISION), 1)
         inverse = reciprocal(denominator)
         delta *= inverse  # grad_out . out
         dq = tl.zeros([C, DP], tl.float32)
@@ -132,7 +132,7 @@ def query_gradient_kernel(
                 value_sum, mass = load_state(state, tile, S, SP, V, VP)
             y = project(q, w, PRECISION)
             phi = buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION)
-            grad_phi = fine_dot(do, tl.trans(value_sum), PRECISION) - delta[:, None] * mass[None, :]
+            grad_phi = fine_dot(do, value_sum, PRECISION) - delta[:, None] * mass[None, :]
             grad_phi *= inverse[:, None]
             grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
             beta_sum += grad_beta
@@ -140,17 +140,17 @@ def query_gradient_kernel(
             dq += dot(grad_y, operand(w, PRECISION), PRECISION)
             seen = operand(operand(phi, PRECISION).to(tl.float32) * inverse[:, None], PRECISION)
             if NS > 1:
-                grad_sum = dot(tl.trans(seen), operand(do, PRECISION), PRECISION)
+                grad_sum = dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
                 grad_mass = -tl.sum(seen.to(tl.float32) * delta[:, None], 0)
                 store_state(adjoint, tile, grad_sum, grad_mass, S, SP, V, VP)
                 if NEED_PLANES:
-                    planes_sum = dot(tl.trans(grad_y), operand(q, PRECISION), PRECISION)
+                    planes_sum = dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
                     store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
             else:
-                grad_sum += dot(tl.trans(seen), operand(do, PRECISION), PRECISION)
+                grad_sum += dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
                 grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
                 if NEED_PLANES:
-                    planes_sum += dot(tl.trans(grad_y), operand(q, PRECISION), PRECISION)
+                    planes_sum += dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
         store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
     if NS == 1:
@@ -187,7 +187,7 @@ def key_gradient_kernel(
     b = tl.load(beta + group)
     c = tl.arange(0, C)
     beta_sum = tl.zeros([C, N], tl.float32)
-    planes_sum = tl.zeros([N, DP], tl.float32)
+    planes_sum = tl.zeros([DP, N], tl.float32)
     if NS == 1:
         w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
         up, down = corner_signs(0, P, N, SP, PRECISION)
@@ -205,18 +205,18 @@ def key_gradient_kernel(
                 grad_sum, grad_mass = load_state(adjoint, tile, S, SP, V, VP)
             y = project(k, w, PRECISION)
             phi = tl.where(inside[:, None], buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION), 0.0)
-            grad_phi = fine_dot(v, tl.trans(grad_sum), PRECISION) + grad_mass[None, :]
-            dv += dot(operand(phi, PRECISION), operand(grad_sum, PRECISION), PRECISION)
+            grad_phi = fine_dot(v, grad_sum, PRECISION) + grad_mass[None, :]
+            dv += dot(operand(phi, PRECISION), tl.trans(operand(grad_sum, PRECISION)), PRECISION)
             grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
             beta_sum += grad_beta
             grad_y = operand(grad_y, PRECISION)
             dk += dot(grad_y, operand(w, PRECISION), PRECISION)
             if NEED_PLANES:
                 if NS > 1:
-                    planes_sum = dot(tl.trans(grad_y), operand(k, PRECISION), PRECISION)
+                    planes_sum = dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
                     store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
                 else:
-                    planes_sum += dot(tl.trans(grad_y), operand(k, PRECISION), PRECISION)
+                    planes_sum += dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
         store_rows(grad_key, G * D, t, t + c < end, dk, C, D, DP)
         store_rows(grad_value, G * V, t, t + c < end, dv, C, V, VP)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))

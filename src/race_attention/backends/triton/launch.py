@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +98,24 @@ def _rows_aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
 
 
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def _launching(device: torch.device) -> Iterator[None]:
+    """On the device, and without Hopper's warp-group matrix instructions.
+
+    The ptxas of Triton 3.6 (12.8.93) keeps a predicate in the register that holds such an instruction's descriptor:
+    wrong sums or illegal addresses, in kernels that compute-sanitizer otherwise finds clean, on an H200. The
+    Ampere instructions take no descriptors. Triton reads the variable whenever it compiles.
+    """
+    before = os.environ.get("DISABLE_MMA_V3")
+    os.environ["DISABLE_MMA_V3"] = "1"
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MMA_V3"]
+        else:
+            os.environ["DISABLE_MMA_V3"] = before
 
 
 def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -190,7 +208,7 @@ def forward(
     """(out, final mass, final value_sum, states): what the operator ``triton_forward`` returns."""
     shape = shape_of(query, value, hyperplanes)
     p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
-    with _on(query.device):
+    with _launching(query.device):
         runs = p.runs(of_keys=True)
         parts, totals = accumulate(p, runs)
         kept = kept_states(query, value, hyperplanes, p.rows, causal)
@@ -219,7 +237,7 @@ def backward(
     p = Problem(
         query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape, grad_out
     )  # fmt: skip
-    with _on(query.device):
+    with _launching(query.device):
         sums = _ParameterSums(p, need_planes)
         passes = _backward_causal if causal else _backward_full
         dq, dk, dv, decay, initial = passes(
@@ -264,7 +282,7 @@ class _ParameterSums:
         if per_table > shape.tile:  # several tiles of one table, which all have its planes
             total = total.view(groups, shape.tables, per_table // shape.tile, *total.shape[2:]).sum(2)
             return total[:, :, : shape.planes].float().contiguous(), beta.float()
-        tables = shape.tile // per_table
+        tables = min(shape.tables, shape.tile // per_table)
         total = total[:, :, : tables * shape.planes].reshape(groups, -1, shape.planes, shape.dim)
         return total[:, : shape.tables].float().contiguous(), beta.float()
 

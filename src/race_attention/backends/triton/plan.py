@@ -82,9 +82,8 @@ class Shape:
 def shape_class(dim: int, value_dim: int, tables: int, planes: int, dtype: torch.dtype, precision: str) -> Shape:
     buckets = tables << planes
     tile = power_of_two(buckets, 16)
-    if tile > configs.widest_tile(power_of_two(max(dim, value_dim), 16), dtype):
-        tile = configs.TILE
-    rows = power_of_two(max(1, tile >> planes) * planes, 16)
+    tile = min(tile, configs.widest_tile(power_of_two(max(dim, value_dim), 16)))
+    rows = power_of_two(max(1, min(tables, tile >> planes)) * planes, 16)
     # A bucket reaches 2**-14P. Up to P = 6 the product of two is a normal float32; past that both are lifted to
     # lie around 1: their products stay above 2**-60 for the bucket that decides, and sums below 2**127.
     lift = 0 if planes <= 6 else 4
@@ -97,7 +96,7 @@ def run_lengths(shape: Shape) -> tuple[int, int]:
     blocks = [shape.config(kernel).block for kernel in configs.KERNELS]
     if not shape.narrow:
         return min(blocks), min(blocks)
-    return max(blocks), max(configs.LONGEST_RUN, *blocks)
+    return max(blocks), configs.LONGEST_RUN
 
 
 @dataclass(frozen=True)

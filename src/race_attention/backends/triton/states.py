@@ -51,7 +51,7 @@ def accumulate_kernel(
     w = load_planes(planes, head, tile, L, P, D, DP, N, SP)
     up, down = corner_signs(tile, P, N, SP, PRECISION)
 
-    value_sum = tl.zeros([SP, VP], tl.float32)
+    value_sum = tl.zeros([VP, SP], tl.float32)
     mass = tl.zeros([SP], tl.float32)
     total = tl.zeros([], tl.float64)
     for t in range(start, end, C):
@@ -68,7 +68,7 @@ def accumulate_kernel(
             mass *= kept
             total += all_whole.to(tl.float64) + all_part.to(tl.float64)
         phi = operand(phi, PRECISION)
-        value_sum += dot(tl.trans(phi), operand(v, PRECISION), PRECISION)
+        value_sum += dot(tl.trans(operand(v, PRECISION)), phi, PRECISION)
         mass += tl.sum(phi.to(tl.float32), 0)  # of the rounded weights: mass and value_sum stay consistent
     base = states + (run.to(tl.int64) * G + head) * (S * (V + 1))
     store_state(base, tile, value_sum, mass, S, SP, V, VP)

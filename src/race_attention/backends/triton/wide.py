@@ -80,7 +80,7 @@ def readout_kernel(
         phi_k = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
         phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
         score += dot(phi_q, tl.trans(phi_k), PRECISION)
-        numerator += dot(phi_q, operand(value_sum, PRECISION), PRECISION)
+        numerator += dot(phi_q, tl.trans(operand(value_sum, PRECISION)), PRECISION)
         denominator += tl.sum(phi_q.to(tl.float32) * mass[None, :], 1)
     score = tl.where(past, score, 0.0)
     if HAS_DECAY:
@@ -160,7 +160,7 @@ def query_gradient_kernel(
         score += dot(phi_q, tl.trans(phi_k), PRECISION)
         rounded = phi_q.to(tl.float32) * since[:, None]
         denominator += tl.sum(rounded * mass[None, :], 1)
-        delta += tl.sum(rounded * fine_dot(do, tl.trans(value_sum), PRECISION), 1)
+        delta += tl.sum(rounded * fine_dot(do, value_sum, PRECISION), 1)
     score = operand(score * weight, PRECISION).to(tl.float32)
     v = load_rows(value, vt, start, inside, C, V, VP, ALIGNED)
     along = dot(operand(do, PRECISION), tl.trans(operand(v, PRECISION)), PRECISION)  # grad_out_i . v_j
@@ -181,18 +181,18 @@ def query_gradient_kernel(
         phi_q = buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION)
         phi_k = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
         phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
-        grad_phi = fine_dot(do, tl.trans(value_sum), PRECISION) - delta[:, None] * mass[None, :]
+        grad_phi = fine_dot(do, value_sum, PRECISION) - delta[:, None] * mass[None, :]
         grad_phi = grad_phi * (since * inverse)[:, None] + dot(grad_score, phi_k, PRECISION)
         grad_y, grad_beta = bucket_gradients(grad_phi * phi_q, y, b, up, down, PRECISION)
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
         dq += dot(grad_y, operand(w, PRECISION), PRECISION)
         if NEED_PLANES:
-            of_planes = dot(tl.trans(grad_y), operand(q, PRECISION), PRECISION)
+            of_planes = dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
             store_planes(planes_parts, program * NS + tile, of_planes, N, D, DP)
         seen = operand(operand(phi_q, PRECISION).to(tl.float32) * (since * inverse)[:, None], PRECISION)
         grad_mass = -tl.sum(seen.to(tl.float32) * delta[:, None], 0)
-        store_state(adjoint, tile, dot(tl.trans(seen), operand(do, PRECISION), PRECISION), grad_mass, S, SP, V, VP)
+        store_state(adjoint, tile, dot(tl.trans(operand(do, PRECISION)), seen, PRECISION), grad_mass, S, SP, V, VP)
     store_rows(grad_query, H * D, start, queries, dq, C, D, DP)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
 
@@ -277,9 +277,9 @@ def key_gradient_kernel(
         grad_sum, grad_mass = load_state(adjoint, tile, S, SP, V, VP)
         y = project(k, w, PRECISION)
         phi_k = tl.where(inside[:, None], buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION), 0.0)
-        grad_phi = fine_dot(v, tl.trans(grad_sum), PRECISION) + grad_mass[None, :]
+        grad_phi = fine_dot(v, grad_sum, PRECISION) + grad_mass[None, :]
         phi_left = operand(phi_k * left[:, None], PRECISION)
-        dv += dot(phi_left, operand(grad_sum, PRECISION), PRECISION)
+        dv += dot(phi_left, tl.trans(operand(grad_sum, PRECISION)), PRECISION)
         if HAS_DECAY:
             of_key += tl.sum(grad_phi * phi_left.to(tl.float32), 1)
         grad_phi *= left[:, None]
@@ -299,12 +299,12 @@ def key_gradient_kernel(
         grad_y = operand(grad_y, PRECISION)
         dk += dot(grad_y, operand(w, PRECISION), PRECISION)
         if NEED_PLANES:
-            of_planes = dot(tl.trans(grad_y), operand(k, PRECISION), PRECISION)
+            of_planes = dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
             store_planes(planes_parts, program * NS + tile, of_planes, N, D, DP)
         if HAS_DECAY:
             if not last:
                 value_sum, mass = load_state(before + (program + G) * (S * (V + 1)), tile, S, SP, V, VP)
-                crossing += tl.sum(tl.sum(value_sum * grad_sum, 1) + mass * grad_mass, 0)
+                crossing += tl.sum(tl.sum(value_sum * grad_sum, 0) + mass * grad_mass, 0)
     if HAS_DECAY:
         tl.store(grad_decay + (start + c) * G, crossing - tl.cumsum(of_key, 0, reverse=True), mask=queries)
     store_rows(grad_key, G * D, start, queries, dk, C, D, DP)
