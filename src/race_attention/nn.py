@@ -275,21 +275,19 @@ class RaceAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if not self.conv_size:
             return query, key, value, None
-        if context is not None:
-            weights = self.conv_weight.split(self._widths)
-            query = centred_convolution(query, weights[0], None, None)
-            key, value = (
-                centred_convolution(y, w, valid, None) for y, w in zip((key, value), weights[1:], strict=True)
+        channels = (query, key, value)
+        weights = self.conv_weight.to(query.dtype).split(self._widths)
+        if not self.causal:
+            masks = (valid if context is None else None, valid, valid)
+            query, key, value = (
+                centred_convolution(*each, cu_seqlens) for each in zip(channels, weights, masks, strict=True)
             )
             return query, key, value, None
-        x, tail = torch.cat((query, key, value), dim=-1), None
-        weight = self.conv_weight.to(x.dtype)
-        if self.causal:
-            x, tail = causal_convolution(x, weight, None if state is None else state.conv, valid, cu_seqlens)
-        else:
-            x = centred_convolution(x, weight, valid, cu_seqlens)
-        query, key, value = x.split(self._widths, dim=-1)
-        return query, key, value, tail
+        tails = (None,) * 3 if state is None or state.conv is None else state.conv.split(self._widths, dim=-1)
+        (query, tail_q), (key, tail_k), (value, tail_v) = (
+            causal_convolution(*each, valid, cu_seqlens) for each in zip(channels, weights, tails, strict=True)
+        )
+        return query, key, value, torch.cat((tail_q, tail_k, tail_v), dim=-1)
 
     def _log_decay(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
         """[G] or [B, T, G], 0 at padding."""
