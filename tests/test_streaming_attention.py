@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -512,3 +514,25 @@ def test_a_given_state_is_left_as_it_was() -> None:
     backward(case, 3)
     assert torch.equal(state.mass, before.mass)
     assert not state.mass.requires_grad
+
+
+@pytest.mark.parametrize("name", ["causal", "full"])
+def test_one_segment_at_a_time(name: str) -> None:
+    """When a segment is asked for, nobody holds the one before it any more."""
+    case, alive = Case(name), []
+    held: list[int] = []
+
+    class Watched(ArraySource):
+        def __getitem__(self, index: int) -> Any:
+            gc.collect()
+            held.append(sum(ref() is not None for ref in alive))
+            part = super().__getitem__(index)
+            part = {n: x.clone() for n, x in part.items()} if isinstance(part, dict) else part.clone()
+            alive.extend(weakref.ref(x) for x in (part.values() if isinstance(part, dict) else [part]))
+            return part
+
+    source, grads = Watched(case.arrays, 4), Watched(case.grad, 4)
+    forward = stream_attention(source, sink=lambda *_: None, keep_every=1, **case.options)
+    assert set(held) == {0}
+    stream_attention_backward(source, grads, forward=forward, grad_sink=lambda *_: None, **case.options)
+    assert max(held) <= len(case.arrays)  # the segment itself, when its gradient is asked for

@@ -105,6 +105,7 @@ def command(
         "torch": torch.__version__,
         "seconds": seconds,
         "tokens_per_s": tokens / sum(seconds.values()),
+        "cpu_seconds": sum(resource.getrusage(resource.RUSAGE_SELF)[:2]),  # of all threads, the start included
         "peak_memory_bytes": peak_memory(place),
         "checksums": sums | ({} if gradients is None else checksums(gradients)),
     }

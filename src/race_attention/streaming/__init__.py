@@ -7,8 +7,9 @@ forward_with_state                            a whole model in chunks or token b
 register_stateful                             the state protocol for modules that are not ours
 """
 
+from .adjoint import StreamGradients
 from .attention import stream_attention
-from .backward import StreamGradients, stream_attention_backward
+from .backward import stream_attention_backward
 from .core import StreamForward
 from .files import open_npy, open_safetensors
 from .model import StreamedLoss, stream_backward

@@ -18,7 +18,7 @@ from .journal import Boundaries, Entry, Journal
 from .progress import Progress, progress_of
 from .segments import Segment, Source, as_segment, as_source, read_twice
 from .sinks import NullSink, Sink, as_sink
-from .transfer import Writer, moved
+from .transfer import Writer, boxed, moved
 
 
 @torch.no_grad()
@@ -124,18 +124,21 @@ class _Run:
             begin = 0
         wanted = not isinstance(self.sink, NullSink)
         start = self.forward.tokens
-        for index, segment in self._segments(begin):
+        for index, box in self._segments(begin):
+            segment = box.pop()
             state = self._first(state, segment)
             if self.forward.boundaries is not None:
                 self.forward.boundaries.put(index, state)
             if wanted:
                 out, state = self.core.attend(segment, state)
                 self.writer.write({"out": out}, start)
+                del out
             else:
                 state = self.core.absorb(segment, state)
             start += segment.query.shape[1]
             self._note(segment)
             bar.show("forward", index + 1, self.source.count)
+            del segment
             if self.journal.due(index + 1):
                 self._enter("forward", index + 1, state)
         return self._end(state)
@@ -149,27 +152,32 @@ class _Run:
             if phase == "done":
                 return self._finished(state)
         if phase == "keys":
-            for index, segment in self._segments(begin):
+            for index, box in self._segments(begin):
+                segment = box.pop()
                 state = self.core.absorb(segment, self._first(state, segment))
                 self._note(segment)
+                del segment
                 bar.show("keys", index + 1, self.source.count)
                 if self.journal.due(index + 1):
                     self._enter("keys", index + 1, state)
             begin = 0
         if state is not None and not isinstance(self.sink, NullSink):
             start = sum(self.forward.query_lengths[:begin])
-            for index, segment in self._segments(begin):
+            for index, box in self._segments(begin):
+                segment = box.pop()
                 self.writer.write({"out": self.core.read(segment, state)}, start)
                 start += segment.query.shape[1]
+                del segment
                 bar.show("queries", index + 1, self.source.count or len(self.forward.query_lengths))
                 if self.journal.due(index + 1):
                     self._enter("queries", index + 1, state)
         return self._end(state)
 
-    def _segments(self, begin: int) -> Iterator[tuple[int, Segment]]:
+    def _segments(self, begin: int) -> Iterator[tuple[int, list[Segment]]]:
+        """Numbers and segments, each in a box to be emptied: iterators keep what they gave until the next is made."""
         ahead = getattr(self.source, "device", None) is None
-        items = moved((as_segment(item) for item in self.source.walk(begin)), self.device, ahead)
-        return enumerate(items, begin)
+        items = moved(map(as_segment, self.source.walk(begin)), self.device, ahead)
+        return enumerate(map(boxed, items), begin)
 
     def _first(self, state: RaceState | None, segment: Segment) -> RaceState:
         if state is None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import trees
+from .narrow import WideGradients
 from .progress import Progress, progress_of
 from .randomness import Randomness
 from .segments import Indexed, indexed
@@ -121,7 +122,7 @@ def stream_backward(
         stack.callback(torch.clear_autocast_cache)
         sweeps = _Sweeps(carrier, source, call, offload, stop_early)
         last_block = sweeps.forward(initial_state, keep_every, bar)
-        wide = stack.enter_context(_WideGradients(model))
+        wide = stack.enter_context(WideGradients(model))
         return _backward(sweeps, last_block, loss_fn, weights, loss_scale, wide, bar)
 
 
@@ -194,7 +195,7 @@ def _backward(
     loss_fn: LossFunction,
     weights: Sequence[float],
     loss_scale: float | Tensor,
-    wide: _WideGradients,
+    wide: WideGradients,
     bar: Progress,
 ) -> StreamedLoss:
     """The pass from the last segment back."""
@@ -291,32 +292,3 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if len(given) != count:
         raise ValueError(f"weights: got {len(given)}, allowed is one for each of the {count} segments")
     return given
-
-
-class _WideGradients:
-    """Sums of the gradients of narrow parameters in float32: a thousand segments are too many for bfloat16."""
-
-    def __init__(self, model: nn.Module):
-        narrow = (torch.bfloat16, torch.float16)
-        self.parameters = [p for p in model.parameters() if p.requires_grad and p.dtype in narrow]
-        self.sums: list[Tensor | None] = [None] * len(self.parameters)
-
-    def __enter__(self) -> _WideGradients:
-        for i, p in enumerate(self.parameters):
-            if p.grad is not None:
-                self.sums[i], p.grad = p.grad.float(), None
-        return self
-
-    def collect(self) -> None:
-        """Takes what one segment has added."""
-        for i, p in enumerate(self.parameters):
-            if p.grad is not None:
-                so_far = self.sums[i]
-                self.sums[i] = p.grad.float() if so_far is None else so_far.add_(p.grad)
-                p.grad = None
-
-    def __exit__(self, *_: object) -> None:
-        self.collect()
-        for p, total in zip(self.parameters, self.sums, strict=True):
-            if total is not None:
-                p.grad = total.to(p.dtype)

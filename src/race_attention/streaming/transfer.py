@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -26,8 +27,8 @@ def moved(items: Iterator[Any], device: torch.device | None, ahead: bool = True)
         ahead: False for items made on the device itself.
     """
     if device is None or device.type != "cuda" or not ahead:
-        for item in items:
-            yield item if device is None else trees.move(item, device)
+        # No name for the item, here or in what walks sources: the last one would stay while the next is made.
+        yield from items if device is None else map(partial(trees.move, device=device), items)
         return
     side = torch.cuda.Stream(device)
     with ThreadPoolExecutor(1) as thread:
@@ -41,7 +42,14 @@ def moved(items: Iterator[Any], device: torch.device | None, ahead: bool = True)
             torch.cuda.current_stream(device).wait_event(arrived)
             for x in trees.leaves(item):
                 x.record_stream(torch.cuda.current_stream(device))
+            del fetched, x
             yield item
+            del item
+
+
+def boxed(item: Any) -> list[Any]:
+    """The item in a list of one, from which it can be taken away."""
+    return [item]
 
 
 def _fetch(items: Iterator[Any], device: torch.device, side: torch.cuda.Stream) -> tuple[Any, torch.cuda.Event] | None:
