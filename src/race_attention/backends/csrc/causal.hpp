@@ -57,7 +57,7 @@ class Causal : public Base<T> {
       this->enter(*piece);
       start_row_or_piece(room.adjoint, *piece, piece + 1 == work.end, piece->last, a.grad_final, false);
       for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run) {
-        query_run(t, min_of(t + a.run, piece->end), piece->slot);
+        query_run(t, min_of(t + a.run, piece->end), piece->slot, true);
         key_run(t, min_of(t + a.run, piece->end), piece->slot, false);
       }
       finish_backward(*piece);
@@ -67,7 +67,7 @@ class Causal : public Base<T> {
     for (const Piece* piece = work.end; piece-- != work.begin && !this->stopped();) {
       this->enter(*piece);
       for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run)
-        query_run(t, min_of(t + a.run, piece->end), piece->slot);
+        query_run(t, min_of(t + a.run, piece->end), piece->slot, false);
     }
   }
   void backward_accumulate() {
@@ -171,16 +171,18 @@ class Causal : public Base<T> {
     room.state.start_run();
   }
 
-  void query_run(i64 begin, i64 end, i64 slot) {
+  void query_run(i64 begin, i64 end, i64 slot, bool keys_follow) {
     start_state(begin / a.run);
     this->cut_blocks(begin, end);
+    room.begin_stash(keys_follow);
     this->clear_hash_gradients();
     for (i64 n = 0; n < room.block_count; ++n) {
       const Block<T>& b = room.blocks[n];
       const i64 rows = round_up(b.count, W<T>);
       this->next_block();
       scale_before(room.state, b);
-      take_keys(b, begin, rows, nullptr);
+      room.stash_keys(p, n);
+      take_keys(b, begin, rows, room.stashed ? &room.key_slopes : nullptr);
       const Tile<T> v = this->load_values(b, rows);
       for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, begin, h, rows, v);
       this->add_to_state(room.state.w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
@@ -190,6 +192,7 @@ class Causal : public Base<T> {
 
   void backward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
     const T* w = room.state.w;
+    room.stash_queries(p, h - g * p.heads_a_group);
     const Tile<T> x = take_queries(b, run_begin, h, rows, &room.slopes);
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
     this->score(b.count, rows);
@@ -198,9 +201,8 @@ class Causal : public Base<T> {
     dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value);
     dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
-      V<T> dot = {};  // dout_i . num_i
-      for (i64 s = 0; s < p.states; ++s) dot += load(room.pq + s * C + t) * load(room.dphi + s * C + t);
-      for (i64 j = 0; j < b.count; ++j) dot += load(room.scores + j * C + t) * load(room.other + j * C + t);
+      const V<T> dot = this->column_dot(room.pq, room.dphi, t, p.states) +
+                       this->column_dot(room.scores, room.other, t, b.count);  // dout_i . num_i
       const V<T> inverse = load(room.inverse + t);
       const V<T> c = -(dot * inverse) * inverse;
       put<T>(room.den_adjoint + t, c);
@@ -223,7 +225,7 @@ class Causal : public Base<T> {
       kept[1] = room.den_adjoint[i];
       kept[2] = room.lift[i];
     }
-    if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, x, a.dq, row.q0, b, h, rows);
+    if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, room.slopes, x, a.dq, row.q0, b, h, rows);
   }
 
   void key_run(i64 begin, i64 end, i64 slot, bool only_state) {
@@ -239,11 +241,12 @@ class Causal : public Base<T> {
       if (only_state)
         accumulate_adjoint(b, begin);
       else
-        backward_keys(b, begin);
+        backward_keys(b, begin, n);
       if (b.before != T(1)) adjoint.scale(b.before);
     }
     adjoint.end_run(room.run_factor);
     this->from_the_end = false;
+    room.end_stash();
     if (only_state) return;
     this->add_hash_gradients(slot, 1);
     if (a.dlog_decay) backward_decay(begin, end);
@@ -259,10 +262,10 @@ class Causal : public Base<T> {
     }
   }
 
-  void backward_keys(const Block<T>& b, i64 run_begin) {
+  void backward_keys(const Block<T>& b, i64 run_begin, i64 n) {
     const i64 rows = round_up(b.count, W<T>), ld = room.size.ld, Vp = room.size.value;
     const T* w = room.adjoint.w;
-    const Tile<T> x = take_keys(b, run_begin, rows, &room.slopes);
+    const Tile<T> x = take_keys_again(b, run_begin, n, rows);
     const Tile<T> v = this->load_values(b, rows);
     // dv is gathered in `grad`: `out` is needed for dk before all heads are done.
     set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
@@ -270,7 +273,7 @@ class Causal : public Base<T> {
     for (i64 s = 0; s < p.states; ++s)
       for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
     for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
-      take_queries(b, run_begin, h, rows, nullptr);
+      take_queries_again(b, run_begin, h, rows);
       take_grad_out(b, h, rows);
       this->score(b.count, rows);
       add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
@@ -283,7 +286,7 @@ class Causal : public Base<T> {
     if (a.dv.data)
       store_tile<T>(p, a.dv, row.batch, row.k0 + b.begin, g, b.count, a.value_dim, room.grad, Vp, nullptr);
     if (!a.dk.data && !this->wants_hash() && !a.dlog_decay) return;
-    this->hash_gradients(room.pk, x, a.dk, row.k0, b, g, rows);
+    this->hash_gradients(room.pk, room.key_slopes, x, a.dk, row.k0, b, g, rows);
     for (i64 i = 0; i < b.count; ++i) room.key_term[b.begin + i - run_begin] = room.total[i];
   }
 
@@ -328,14 +331,26 @@ class Causal : public Base<T> {
     hash<T>(f, x, rows, room.part_q, room.y, room.pq, slopes, &room.ahead);
     return x;
   }
+  // The same in the keys' pass, where the queries' pass may have kept the buckets.
+  Tile<T> take_keys_again(const Block<T>& b, i64 run_begin, i64 n, i64 rows) {
+    room.stash_keys(p, n);
+    if (!room.stashed) return take_keys(b, run_begin, rows, &room.key_slopes);
+    this->key_parts(b.begin, b.count, a.log_decay ? room.key_factor + (b.begin - run_begin) : nullptr);
+    return a.dplanes ? this->load_keys(b, rows) : Tile<T>{nullptr, 0};
+  }
+  void take_queries_again(const Block<T>& b, i64 run_begin, i64 h, i64 rows) {
+    room.stash_queries(p, h - g * p.heads_a_group);
+    if (!room.stashed) take_queries(b, run_begin, h, rows, nullptr);
+  }
   // h and c of a block of queries, into `scaled` and `den_adjoint`; their buckets are lifted as they were.
   void take_grad_out(const Block<T>& b, i64 h, i64 rows) {
     const i64 Vp = room.size.value;
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.scaled);
+    for (i64 i = b.count; i < C; ++i) room.den_adjoint[i] = 0;
     for (i64 i = 0; i < b.count; ++i) {
       const T* kept = this->inverse_of(b.begin + i, h);
       room.den_adjoint[i] = kept[1];
-      if (kept[2] != T(1))
+      if (kept[2] != T(1) && !room.stashed)
         for (i64 s = 0; s < p.states; ++s) room.pq[s * C + i] *= kept[2];
       const T inverse = kept[0];
       const T* from = grad.row(i);

@@ -67,6 +67,11 @@ class Call {
 
   int backward() {
     a.causal ? cut_causal() : cut_full();
+    if (a.causal) {
+      const i64 wide = a.store == kFloat64 ? 8 : 4;
+      inverse.reset(new char[static_cast<std::size_t>(std::max<i64>(a.batch * a.tq * a.heads * 3 * wide, 1))]);
+      p.inverse = inverse.get();
+    }
     prepare(3.5);
     const i64 LP = p.projections;
     partial.assign(static_cast<std::size_t>(a.dplanes || a.dbeta ? a.groups * p.slots * 2 * (LP * a.dim + 1) : 0), 0.0);
@@ -75,9 +80,6 @@ class Call {
     if (!a.causal) {
       result = full({kFullRowsBackward, kFullBackwardQuery, kFullBackwardKey});
     } else {
-      const i64 wide = a.store == kFloat64 ? 8 : 4;
-      inverse.reset(new char[static_cast<std::size_t>(std::max<i64>(a.batch * a.tq * a.heads * 3 * wide, 1))]);
-      p.inverse = inverse.get();
       if (together(kBackwardCost)) {
         result = run_chains(kBackward) ? kDone : kInterrupted;
       } else {

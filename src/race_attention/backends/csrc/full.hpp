@@ -159,8 +159,7 @@ class Full : public Base<T> {
     this->drop_gradients_out_of_range(b.count);
     dots<T>(room.dphi, C, w, ld, p.states, grad.p, grad.ld, rows, Vp, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
-      V<T> dot = {};
-      for (i64 s = 0; s < p.states; ++s) dot += load(room.pq + s * C + t) * load(room.dphi + s * C + t);
+      const V<T> dot = this->column_dot(room.pq, room.dphi, t, p.states);
       const V<T> inverse = load(room.inverse + t);
       const V<T> c = -(dot * inverse) * inverse;
       put<T>(room.den_adjoint + t, c);
@@ -173,7 +172,7 @@ class Full : public Base<T> {
       for (i64 d = 0; d < Vp; d += W<T>)
         put<T>(room.scaled + i * Vp + d, load(grad.row(i) + d) * room.inverse[i]);
     this->add_to_state(room.adjoint.sum, nullptr, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
-    if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, x, a.dq, row.q0, b, h, rows);
+    if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, room.slopes, x, a.dq, row.q0, b, h, rows);
   }
 
   void backward_key(i64 begin, i64 end, i64 slot) {
@@ -192,7 +191,7 @@ class Full : public Base<T> {
         dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
         for (i64 s = 0; s < p.states; ++s)
           for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
-        this->hash_gradients(room.pk, x, a.dk, row.k0, b, g, rows);
+        this->hash_gradients(room.pk, room.slopes, x, a.dk, row.k0, b, g, rows);
       });
       this->add_hash_gradients(slot, 1);
     }

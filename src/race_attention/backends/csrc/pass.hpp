@@ -192,12 +192,24 @@ class Base {
   // state += buckets^T rows: values here, masses `weight` (1 where null) besides.
   void add_to_state(T* w, T* second, const T* buckets, const T* rows, i64 ld, i64 count, const T* weight, T factor) {
     add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count}, factor, second, &room.ahead);
-    for (i64 s = 0; s < p.states; ++s) {
-      T mass = 0;
-      for (i64 i = 0; i < count; ++i) mass += weight ? buckets[s * C + i] * weight[i] : buckets[s * C + i];
-      const i64 at = s * room.size.ld + room.size.value;
-      w[at] = factor * (w[at] + mass);
-      if (second) second[at] = factor * (second[at] + mass);
+    // The sums of W buckets at a time; behind the last token of the block buckets are 0.
+    const i64 lanes = round_up(count, W<T>), at = room.size.value;
+    for (i64 s = 0; s < p.states; s += W<T>) {
+      V<T> partial[W<T>] = {};
+      const i64 n = min_of(W<T>, p.states - s);
+      for (i64 k = 0; k < n; ++k)
+        for (i64 t = 0; t < lanes; t += W<T>) {
+          const V<T> x = load(buckets + (s + k) * C + t);
+          partial[k] += weight ? x * load(weight + t) : x;
+        }
+      const V<T> mass = sums<T>(partial);
+      for (i64 k = 0; k < n; ++k) {
+        T* to = w + (s + k) * room.size.ld + at;
+        *to = factor * (*to + mass[k]);
+        if (!second) continue;
+        to = second + (s + k) * room.size.ld + at;
+        *to = factor * (*to + mass[k]);
+      }
     }
   }
 
@@ -212,19 +224,19 @@ class Base {
   // is seen. An output does not change when pq_i is scaled: where den is so small that 1 / den or its square would
   // overflow (10 planes, all of opposite signs; or decay), pq_i, its scores and den are scaled by lift[i].
   void denominators(const T* w, i64 rows, i64 inside) {
-    IV<T> any = {};
+    bool any = false;
     for (i64 t = 0; t < rows; t += W<T>) {
-      V<T> den = {};
-      for (i64 s = 0; s < p.states; ++s)
-        den += w[s * room.size.ld + room.size.value] * load(room.pq + s * C + t);
-      for (i64 j = 0; j < inside; ++j) den += load(room.scores + j * C + t);
+      const T* mass = w + room.size.value;
+      V<T> part[4] = {};  // four sums, for the processor to have more than one addition under way
+      for (i64 s = 0; s < p.states; ++s, mass += room.size.ld) part[s & 3] += *mass * load(room.pq + s * C + t);
+      for (i64 j = 0; j < inside; ++j) part[j & 3] += load(room.scores + j * C + t);
+      const V<T> den = (part[0] + part[1]) + (part[2] + part[3]);
       put(room.den + t, den);
       put(room.inverse + t, select<T>(den > T(0), T(1) / den, V<T>{}));
       put(room.lift + t, splat<T>(1));
-      any |= (den > T(0)) & (den < kSmall);
     }
-    for (int i = 0; i < W<T>; ++i)
-      if (any[i]) return lift(rows, inside);
+    for (i64 i = 0; i < rows; ++i) any |= (room.den[i] > 0) & (room.den[i] < kSmall);
+    if (any) lift(rows, inside);
   }
   static constexpr bool kSingle = sizeof(T) == 4;
   static constexpr T kSmall = kSingle ? T(0x1p-60) : T(0x1p-500);
@@ -240,6 +252,13 @@ class Base {
       for (i64 s = 0; s < p.states; ++s) room.pq[s * C + i] *= kLift;
       for (i64 j = 0; j < inside; ++j) room.scores[j * C + i] *= kLift;
     }
+  }
+
+  // sum over s of a[s][t ..] * b[s][t ..].
+  RACE_INLINE static V<T> column_dot(const T* left, const T* right, i64 t, i64 count) {
+    V<T> part[4] = {};
+    for (i64 s = 0; s < count; ++s) part[s & 3] += load(left + s * C + t) * load(right + s * C + t);
+    return (part[0] + part[1]) + (part[2] + part[3]);
   }
 
   // Whether the gradient of query i can be formed: the state it reads has not decayed out of the dtype's range.
@@ -260,8 +279,9 @@ class Base {
   }
 
   // From dphi of one block to the gradients of its tokens, hyperplanes and beta.
-  void hash_gradients(const T* phi, const Tile<T>& x, const Tokens& to, i64 first, const Block<T>& b, i64 h, i64 rows) {
-    hash_backward<T>(f, rows, phi, room.dphi, room.slopes, room.dy, room.dbeta, room.total);
+  void hash_gradients(const T* phi, const Slopes<T>& slopes, const Tile<T>& x, const Tokens& to, i64 first,
+                      const Block<T>& b, i64 h, i64 rows) {
+    hash_backward<T>(f, rows, phi, room.dphi, slopes, room.dy, room.dbeta, room.total);
     if (to.data) {
       set_product<T>(room.out, room.size.dim, b.count, room.size.dim,
                      {room.dy, C, 1, f.w, room.size.dim, p.projections});

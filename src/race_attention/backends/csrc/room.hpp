@@ -101,6 +101,13 @@ struct Room {
   T *key_term;  // [run]
   T *dw, *dbeta;
   Ahead ahead;
+  // What the keys' pass over a run would compute again: pk, pq of each head and the keys' slopes, block after block.
+  // Kept only where it fits into the caches.
+  static constexpr i64 kMostStash = i64(1) << 17;
+  T *stash, *own_pk, *own_pq;
+  Slopes<T> key_slopes, own_slopes;
+  i64 stash_stride;
+  bool stashed;
 
   Room(const Problem& p, Cutter& cut) : size(sizes<T>(p)) {
     const i64 S = p.states, LP = p.projections, run = p.a->run;
@@ -136,8 +143,35 @@ struct Room {
     for (T** a : of_tokens) *a = cut.take<T>(C);
     dw = cut.take<T>(LP * size.dim);
     dbeta = cut.take<T>(W<T>);
+    stash_stride = C * (S * (1 + p.heads_a_group) + 4 * LP);
+    const bool wanted = p.inverse != nullptr && stash_stride * (run / C) <= kMostStash;
+    stash = cut.take<T>(wanted ? kMostStash : 0);
+    if (!wanted) stash_stride = kMostStash;  // no run fits
+    own_pk = pk;
+    own_pq = pq;
+    key_slopes = own_slopes = slopes;
+    stashed = false;
     block_count = 0;
     run_factor = 1;
+  }
+
+  // Whether the blocks at hand are kept from here on; then where block n keeps the keys' part, and query head h's.
+  RACE_INLINE void begin_stash(bool wanted) { stashed = wanted && block_count * stash_stride <= kMostStash && stash_stride < kMostStash; }
+  RACE_INLINE void stash_keys(const Problem& p, i64 n) {
+    if (!stashed) return;
+    pk = stash + n * stash_stride;
+    T* at = pk + C * p.states * (1 + p.heads_a_group);
+    const i64 size = C * p.projections;
+    key_slopes = {at, at + size, at + 2 * size, at + 3 * size};
+  }
+  RACE_INLINE void stash_queries(const Problem& p, i64 h) {
+    if (stashed) pq = pk + C * p.states * (1 + h);
+  }
+  RACE_INLINE void end_stash() {
+    stashed = false;
+    pk = own_pk;
+    pq = own_pq;
+    key_slopes = own_slopes;
   }
 };
 
