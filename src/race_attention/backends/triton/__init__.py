@@ -52,12 +52,22 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, mass, value_sum) of a call that :func:`why_not` allows; the states are float64."""
+def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, mass, value_sum) of a call that :func:`why_not` allows; the states are float64, or None if not wanted."""
     from .ops import triton_forward
 
     out, mass, value_sum, _ = triton_forward(
-        call.query, call.key, call.value, call.hyperplanes, call.beta, call.log_decay, call.key_mask,
-        call.cu_seqlens, call.cu_seqlens_key, call.initial_mass, call.initial_value_sum, call.causal,
-    )  # fmt: skip
-    return out, mass, value_sum
+        call.query,
+        call.key,
+        call.value,
+        call.hyperplanes,
+        call.beta,
+        call.log_decay,
+        call.key_mask,
+        call.cu_seqlens,
+        call.cu_seqlens_key,
+        call.initial_mass,
+        call.initial_value_sum,
+        call.causal,
+    )
+    return (out, mass, value_sum) if call.return_state else (out, None, None)

@@ -1,12 +1,13 @@
 """Times a handful of configurations for a shape class on the GPU at hand and writes the user's own table.
 
-    python -m race_attention.backends.triton.autotune --dim 128 --planes 4 --tables 4 --dtype bfloat16
+python -m race_attention.backends.triton.autotune --dim 128 --planes 4 --tables 4 --dtype bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def autotune(
     tokens: int = 1 << 18,
     heads: int = 4,
     candidates: tuple[Config, ...] = CANDIDATES,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Finds the fastest configuration of every kernel of a shape class, one kernel at a time.
 
@@ -123,7 +124,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     given = parser.parse_args()
     value_dim = given.dim if given.value_dim is None else given.value_dim
-    print(autotune(given.dim, value_dim, given.tables, given.planes, getattr(torch, given.dtype)))
+    path = autotune(given.dim, value_dim, given.tables, given.planes, getattr(torch, given.dtype), report=_say)
+    _say(str(path))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
 
 
 if __name__ == "__main__":

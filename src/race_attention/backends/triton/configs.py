@@ -84,6 +84,9 @@ _MEASURED = {
 
 
 def _default(kernel: str, dim: int, buckets: int, dtype: torch.dtype) -> Config:
+    if kernel.startswith("wide_"):  # one block is one run: all the same, and long
+        wide = Config(64, 4, 1) if dtype != torch.float32 else Config(32, 4, 1)
+        return wide if dim <= 128 else Config(16, 8, 1)
     if dtype != torch.float32:
         return Config(*_MEASURED[kernel][buckets]) if dim <= 128 else Config(32, 8, 1)
     if dim <= 64:

@@ -54,7 +54,8 @@ class Problem:
     def options(self, kernel: str, *, tiles: bool) -> dict[str, Any]:
         """The compile-time arguments and the configuration of a kernel."""
         config = self.shape.config(kernel)
-        return self.shape.constants(tiles) | {
+        return {
+            **self.shape.constants(tiles),
             "C": config.block,
             "ALIGNED": self.aligned,
             "PACKED": self.bounds is not None,

@@ -73,9 +73,9 @@ class Shape:
         return always | ({"NS": self.tiles} if tiles else {})
 
     def config(self, kernel: str) -> configs.Config:
-        return configs.config(
-            kernel, power_of_two(self.dim, 16), power_of_two(self.value_dim, 16), self.tile, self.dtype
-        )  # fmt: skip
+        """The configuration of a kernel; where buckets fill several tiles, of its ``wide_`` variant."""
+        name = kernel if self.narrow else f"wide_{kernel}"
+        return configs.config(name, power_of_two(self.dim, 16), power_of_two(self.value_dim, 16), self.tile, self.dtype)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,236 @@
+"""The Triton kernels against the oracle: on a GPU as they are, without one in Triton's interpreter.
+
+The interpreter computes float32 and, since its bfloat16 products are wrong, float16 with float32 products.
+Run with TRITON_INTERPRET=1 where there is no GPU; without it these tests are skipped there.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from race_attention.features import bucket_weights, sample_hyperplanes
+from race_attention.testing import assert_within_budget, make_inputs, oracle
+from tests.helpers import CASES, LONG_CASES, assert_equal_results, evaluate, expected, in_double, whole
+
+pytest.importorskip("triton")
+from race_attention import race_attention
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = (FLOAT32, FLOAT16) if INTERPRETED else (FLOAT32, FLOAT16, BFLOAT16)
+
+#: What a kernel of each file does, in the fewest cases; the rest of the table is slow in the interpreter.
+QUICK = ("causal-packed-all", "causal-decay-token", "causal-grouped", "full-packed-cross", "full-state", "full-masked")
+#: Buckets in several tiles; D past 128.
+WIDE: dict[str, dict[str, Any]] = {
+    "causal-wide-one-table": {
+        "causal": True, "batch": 1, "tokens": 40, "dim": 16, "planes": 8, "tables": 1, "heads": 2, "kv_heads": 1,
+        "decay": "token", "initial_state": True,
+    },
+    "causal-wide-packed": {
+        "causal": True, "lengths": (20, 0, 1, 17), "dim": 16, "planes": 1, "tables": 40, "heads": 2, "masked": 0.2,
+    },
+    "full-wide": {"batch": 1, "tokens": 20, "dim": 16, "planes": 5, "tables": 5, "heads": 2, "initial_state": True},
+    "causal-many-planes": {
+        "causal": True, "batch": 1, "tokens": 20, "dim": 16, "planes": 10, "tables": 1, "heads": 1, "beta": 20.0,
+    },
+    "causal-large-head": {
+        "causal": True, "batch": 1, "tokens": 20, "dim": 200, "value_dim": 144, "planes": 2, "tables": 2, "heads": 1,
+    },
+}  # fmt: skip
+
+
+def marked(names: Any) -> list[Any]:
+    slow = [] if not INTERPRETED else [pytest.mark.slow]
+    return [pytest.param(n, marks=[] if n in QUICK else slow) for n in names]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", marked([n for n in {**CASES, **LONG_CASES} if "bucket" not in n]))
+def test_equals_the_oracle(case: str, dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == FLOAT16 and case != "causal-packed-all":
+        pytest.skip("float16 differs from float32 in the loads alone: one case in the interpreter")
+    options = CASES.get(case) or LONG_CASES[case]
+    inputs = make_inputs(**options, dtype=dtype, device=DEVICE, requires_grad=True, seed=len(case))
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), expected(case, dtype), dtype)
+
+
+@pytest.mark.parametrize("case", [pytest.param(n, marks=[pytest.mark.slow] * INTERPRETED) for n in WIDE])
+@pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES, ids=str)
+def test_wide_shapes_equal_the_oracle(case: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(**WIDE[case], dtype=dtype, device=DEVICE, requires_grad=True, seed=len(case))
+    right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
+
+
+def _small(**options: Any) -> dict[str, Any]:
+    given = {"batch": 1, "tokens": 9, "dim": 6, "value_dim": 5, "heads": 2, "planes": 2, "tables": 2} | options
+    made = make_inputs(**given, dtype=FLOAT32, device=DEVICE, requires_grad=False, seed=3)
+    return {name: x for name, x in made.items() if name != "return_state"}
+
+
+def test_repeats_are_equal_to_the_bit() -> None:
+    inputs = make_inputs(**CASES["causal-decay-token"], dtype=FLOAT32, device=DEVICE, requires_grad=True, seed=1)
+    first = evaluate(whole, inputs, backend="triton")
+    again = evaluate(whole, inputs, backend="triton")
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_strides_are_read_in_place() -> None:
+    inputs = _small(causal=True)
+    right = race_attention(**inputs, backend="triton")
+    for name in ("query", "key", "value"):
+        inputs[name] = inputs[name].permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
+    assert torch.equal(race_attention(**inputs, backend="triton"), right)
+    inputs["value"] = inputs["value"].transpose(2, 3).contiguous().transpose(2, 3)  # elements apart: copied
+    assert torch.equal(race_attention(**inputs, backend="triton"), right)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_tokens(causal: bool) -> None:
+    inputs = _small(causal=causal, initial_state=True)
+    for name in ("query", "key", "value"):
+        inputs[name] = inputs[name][:, :0].requires_grad_()
+    out, state = race_attention(**inputs, backend="triton", return_state=True)
+    assert out.shape == (1, 0, 2, 5)
+    assert torch.equal(state.mass, inputs["initial_state"].mass.to(state.mass))
+    torch.autograd.grad(out.sum() + 0 * inputs["key"].sum(), inputs["key"])
+
+
+def test_masked_garbage_is_not_read() -> None:
+    inputs = _small(causal=True)
+    inputs["key_mask"] = torch.ones(1, 9, dtype=torch.bool, device=DEVICE)
+    inputs["key_mask"][:, 4:6] = False
+    right = race_attention(**inputs, backend="triton")
+    for name in ("key", "value"):
+        inputs[name][:, 4:6] = float("nan")
+    assert torch.equal(race_attention(**inputs, backend="triton"), right)
+
+
+def test_decay_that_forgets_everything_keeps_the_digits_of_later_tokens() -> None:
+    inputs = _small(causal=True)
+    decay = torch.full((1, 9, 2), -0.1, device=DEVICE)
+    decay[:, 3] = -1e4
+    inputs["log_decay"] = decay
+    right = oracle(**in_double(inputs))
+    assert_within_budget(race_attention(**inputs, backend="triton"), right, FLOAT32, "forward")
+
+
+def test_what_is_not_served_is_named() -> None:
+    inputs = _small(causal=True)
+    with pytest.raises(ValueError, match="readout"):
+        race_attention(**inputs, backend="triton", readout="bucket")
+    with pytest.raises(ValueError, match="bfloat16"):
+        race_attention(**{n: x.double() if n in ("query", "key", "value") else x for n, x in inputs.items()},
+                       backend="triton")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["causal", "full"])
+def test_operators_pass_opcheck(case: str) -> None:
+    from race_attention.backends.triton.ops import triton_forward
+
+    inputs = _small()
+    tensors = [inputs[name].requires_grad_() for name in ("query", "key", "value")]
+    planes = sample_hyperplanes(2, 2, 2, 6, device=DEVICE).requires_grad_()
+    beta = torch.ones(2, device=DEVICE, requires_grad=True)
+    decay = -torch.rand(1, 9, 2, device=DEVICE) if case == "causal" else None
+    arguments = (*tensors, planes, beta, decay, None, None, None, None, None, case == "causal")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(triton_forward, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_decoding_is_the_causal_kernel_token_by_token(grouped: bool) -> None:
+    from race_attention.backends.triton.decode import decode_
+
+    generator = torch.Generator().manual_seed(0)
+    groups, heads, tokens = 2, 4 if grouped else 2, 5
+    q, k, v = (torch.randn(2, tokens, n, 7, generator=generator).to(DEVICE) for n in (heads, groups, groups))
+    planes = sample_hyperplanes(groups, 2, 3, 7, device=DEVICE)
+    beta = torch.full((groups,), 2.0, device=DEVICE)
+    decay = -torch.rand(2, tokens, groups, generator=generator).to(DEVICE)
+    mass = torch.zeros(2, groups, 2, 8, dtype=torch.float64, device=DEVICE)
+    value_sum = torch.zeros(2, groups, 2, 8, 7, dtype=torch.float64, device=DEVICE)
+    outs = [
+        decode_(q[:, t], k[:, t], v[:, t], planes, beta, decay[:, t], mass, value_sum) for t in range(tokens)
+    ]  # fmt: skip
+    right, state = oracle(q, k, v, planes, beta, causal=True, log_decay=decay, return_state=True)
+    assert_within_budget(torch.stack(outs, 1), right, FLOAT32, "forward")
+    assert_within_budget(mass, state.mass, FLOAT32, "forward")
+    assert_within_budget(value_sum, state.value_sum, FLOAT32, "forward")
+
+
+def test_decode_names_a_state_that_does_not_fit() -> None:
+    from race_attention.backends.triton.decode import decode_
+
+    x = torch.zeros(1, 2, 4, device=DEVICE)
+    state = torch.zeros(1, 2, 1, 2, device=DEVICE)
+    with pytest.raises(ValueError, match="value_sum"):
+        decode_(x, x, x, sample_hyperplanes(2, 1, 1, 4, device=DEVICE), x[0, :, 0], None, state, state)
+
+
+def test_shape_classes_know_nothing_of_lengths() -> None:
+    from race_attention.backends.triton import plan
+
+    shape = plan.shape_class(128, 128, 4, 4, BFLOAT16, "bf16")
+    shortest, longest = plan.run_lengths(shape)
+    for tokens in (1, 63, 64, 1000, 10**6, 10**7):
+        for batch, groups in ((1, 4), (3, 64)):
+            runs = plan.runs_of(batch, tokens, groups, shortest, longest, None)
+            assert runs.count <= runs.capacity
+            assert runs.per_row * runs.length >= tokens > (runs.per_row - 1) * runs.length
+
+
+def test_the_users_table_comes_first(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from race_attention.backends.triton import configs
+
+    monkeypatch.setenv("RACE_ATTENTION_CONFIG", str(tmp_path / "own.json"))
+    configs._users_table.cache_clear()
+    name = configs.key("accumulate", 128, 128, 64, BFLOAT16)
+    configs.write_users_table({name: configs.Config(128, 8, 3)}, "some GPU")
+    assert configs.config("accumulate", 128, 128, 64, BFLOAT16) == configs.Config(128, 8, 3)
+    assert configs.config("accumulate", 64, 128, 64, BFLOAT16) != configs.Config(128, 8, 3)
+    monkeypatch.undo()
+    configs._users_table.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="a CUDA graph needs a GPU")
+def test_a_graph_captures_decoding_and_the_kernels() -> None:
+    inputs = _small(causal=True)
+    race_attention(**inputs, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = race_attention(**inputs, backend="triton")
+    inputs["value"].mul_(2)
+    graph.replay()
+    assert torch.equal(out, race_attention(**inputs, backend="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="compiles for a GPU")
+def test_compiled_whole_with_dynamic_lengths() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(race_attention, fullgraph=True, dynamic=True)
+    for tokens in (40, 57, 300):
+        inputs = _small(causal=True, tokens=tokens)
+        assert torch.equal(compiled(**inputs, backend="triton"), race_attention(**inputs, backend="triton"))
+
+
+def test_features_are_those_of_the_reference() -> None:
+    """A single key: the final mass is its buckets."""
+    inputs = _small(tokens=1, planes=4, tables=3)
+    _, state = race_attention(**inputs, backend="triton", return_state=True)
+    planes = inputs["hyperplanes"].double() * inputs.get("scale", 1.0)
+    beta = torch.as_tensor(inputs["beta"], dtype=torch.float64).to(DEVICE).expand(2)
+    right = bucket_weights(inputs["key"].double()[:, 0, :, None], planes.expand(2, -1, -1, -1), beta)
+    assert_within_budget(state.mass, right[:, :, 0], FLOAT32, "forward")
