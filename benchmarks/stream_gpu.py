@@ -11,9 +11,11 @@ Three parts, each written to DIR/stream_gpu.json as soon as it is measured:
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import math
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import race_attention
+import race_attention.attention
 from experiments.data import load_text
 from experiments.models import DecoderLM, ModelConfig
 from experiments.models.blocks import count_parameters
 from experiments.optim import make_adamw
-from experiments.report import machine
 from experiments.streamed import streamed_gradient
-from race_attention.cli.stream import checksums, measure, peak_memory
+from race_attention.backends.call import Call
 from race_attention.features import sample_hyperplanes
 from race_attention.streaming import check_streaming, cut
 from race_attention.streaming.generated import GeneratedStream
+from race_attention.streaming.measured import checksums, measure, peak_memory
 
 RACE = {"tables": 3, "planes": 3, "conv_size": 4, "decay": "per_token", "norm_gate": True}
 LARGE = ModelConfig(dim=896, layers=12, heads=14, mixer="race", mixer_options=RACE)
@@ -50,6 +54,26 @@ class Checkpointed(DecoderLM):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False)
         return self._logits(x)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what; needs no package that a bare GPU machine may lack."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "race_attention": race_attention.__version__,
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["backend"] = race_attention.attention.choose_backend(
+            Call(*(torch.zeros(1, 4, 1, 64, device=device, dtype=torch.bfloat16),) * 3,
+                 torch.zeros(1, 2, 2, 64, device=device), torch.ones(1, device=device), causal=True)
+        )  # fmt: skip
+    else:
+        facts["cpu"] = platform.processor() or platform.machine()
+    return facts
 
 
 def sync(device: torch.device) -> None:
@@ -181,7 +205,7 @@ def main() -> None:
     device = torch.device(given.device)
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "stream_gpu.json"
-    results: dict[str, Any] = {"machine": machine()}
+    results: dict[str, Any] = {"machine": machine(device)}
 
     def keep(name: str, result: Any) -> None:
         results[name] = result
