@@ -10,7 +10,7 @@
 namespace race {
 
 namespace {
-constexpr double kWorthThreads = 1e-4;  // starting a thread takes about 2e-5 s
+constexpr double kWorthThreads = 3e-4;  // starting a thread takes 5e-5 s, more where the cores are busy
 constexpr double kWorthWatching = 0.3;
 constexpr auto kBetweenLooks = std::chrono::milliseconds(100);
 

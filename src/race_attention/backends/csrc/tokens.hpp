@@ -17,12 +17,17 @@ RACE_INLINE float widen(std::uint16_t x) {
   __builtin_memcpy(&y, &bits, 4);
   return y;
 }
-RACE_INLINE std::uint16_t narrow(float x) {  // to nearest, ties to even; NaN stays NaN
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+// To bfloat16: to nearest, ties to even; NaN stays NaN.
+RACE_INLINE void narrow(std::uint16_t* to, V<float> x) {
+  typedef std::uint32_t Bits __attribute__((vector_size(RACE_BYTES)));
+  typedef std::uint16_t Half __attribute__((vector_size(RACE_BYTES / 2)));
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits kept = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+  const Half half = __builtin_convertvector(kept, Half);
+  __builtin_memcpy(to, &half, sizeof half);
 }
+RACE_INLINE void narrow(std::uint16_t*, V<double>) {}  // no bfloat16 tokens have float64 arithmetic
 
 template <class T>
 RACE_INLINE void read(T* __restrict out, const T* __restrict in, i64 n, i64 stride) {
@@ -45,12 +50,22 @@ RACE_INLINE void write(T* __restrict out, const T* __restrict in, i64 n, i64 str
   else
     for (i64 i = 0; i < n; ++i) out[i * stride] = in[i] * factor;
 }
+// A row to bfloat16, 64 numbers at a time; it may be read up to a multiple of W.
 template <class T>
-RACE_INLINE void write(std::uint16_t* __restrict out, const T* __restrict in, i64 n, i64 stride, T factor) {
-  if (stride == 1)
-    for (i64 i = 0; i < n; ++i) out[i] = narrow(static_cast<float>(in[i] * factor));
-  else
-    for (i64 i = 0; i < n; ++i) out[i * stride] = narrow(static_cast<float>(in[i] * factor));
+RACE_INLINE void write_half(char* to, const T* row, i64 size, i64 stride, T factor, bool past_caches) {
+  alignas(64) std::uint16_t part[64];
+  for (i64 d = 0; d < size; d += 64) {
+    const i64 n = min_of(64, size - d);
+    for (i64 k = 0; k < n; k += W<T>) narrow(part + k, load(row + d + k) * factor);
+    char* at = to + d * stride * 2;
+    if (past_caches) {
+      for (i64 k = 0; k < n * 2; k += RACE_BYTES) stream(at + k, load(reinterpret_cast<const float*>(part + k / 2)));
+    } else if (stride == 1) {
+      __builtin_memcpy(at, part, static_cast<std::size_t>(n) * 2);
+    } else {
+      for (i64 k = 0; k < n; ++k) __builtin_memcpy(at + k * stride * 2, part + k, 2);
+    }
+  }
 }
 
 // A block of rows of tokens in the arithmetic's dtype.
@@ -108,16 +123,10 @@ __attribute__((noinline)) void store_tile(const Problem& p, const Tokens& x, i64
     const T f = factor ? factor[i] : T(1);
     const T* row = tile + i * ld;
     char* to = static_cast<char*>(x.data) + (b * x.b + (t + i) * x.t + h * x.h) * bytes;
-    if (half && past_caches) {
-      alignas(64) std::uint16_t part[2 * W<float>];
-      for (i64 d = 0; d < size; d += 2 * W<float>) {
-        for (i64 k = 0; k < 2 * W<float>; ++k) part[k] = narrow(static_cast<float>(row[d + k] * f));
-        stream(to + d * 2, load(reinterpret_cast<const float*>(part)));
-      }
+    if (half) {
+      write_half<T>(to, row, size, x.d, f, past_caches);
     } else if (past_caches) {
       for (i64 d = 0; d < size; d += W<T>) stream(to + d * bytes, (V<float>)(load(row + d) * f));
-    } else if (half) {
-      write<T>(reinterpret_cast<std::uint16_t*>(to), row, size, x.d, f);
     } else {
       write<T>(reinterpret_cast<T*>(to), row, size, x.d, f);
     }
