@@ -75,7 +75,7 @@ def check_scale(scale: float) -> float:
     """The scale as a float, finite and positive."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {scale!r}, allowed is a number")
-    if not (math.isfinite(scale) and scale > 0):
+    if scale <= 0 or scale - scale != 0:  # not math.isfinite: torch.compile traces a dynamic scale through this
         raise ValueError(f"scale: got {scale}, allowed is finite and positive")
     return float(scale)
 
@@ -167,11 +167,15 @@ def _check_hyperplanes(hyperplanes: Tensor, query: Tensor, groups: int) -> Tenso
     return hyperplanes
 
 
+def _allowed_beta(groups: int) -> str:
+    """Written only where an error is raised: torch.compile cannot format dynamic numbers."""
+    return f"allowed is a number in (0, {MAX_BETA:g}], a scalar tensor, or [{groups}] of them"
+
+
 def _check_beta(beta: float | Tensor, query: Tensor, groups: int) -> Tensor:
-    allowed = f"allowed is a number in (0, {MAX_BETA:g}], a scalar tensor, or [{groups}] of them"
     if isinstance(beta, (int, float)) and not isinstance(beta, bool):
         if not 0 < beta <= MAX_BETA:
-            raise ValueError(f"beta: got {beta}, {allowed}")
+            raise ValueError(f"beta: got {beta}, {_allowed_beta(groups)}")
         return torch.full(
             (1,),
             float(beta),
@@ -179,14 +183,14 @@ def _check_beta(beta: float | Tensor, query: Tensor, groups: int) -> Tensor:
             device=query.device,
         )
     if not isinstance(beta, Tensor):
-        raise TypeError(f"beta: got {type(beta).__name__}, {allowed}")
+        raise TypeError(f"beta: got {type(beta).__name__}, {_allowed_beta(groups)}")
     if not beta.is_floating_point():
         raise TypeError(f"beta: got {beta.dtype}, allowed is a floating dtype")
     if tuple(beta.shape) not in ((), (1,), (groups,)):
-        raise ValueError(f"beta: got shape {shape_of(beta)}, {allowed}")
+        raise ValueError(f"beta: got shape {shape_of(beta)}, {_allowed_beta(groups)}")
     _check_same_device("beta", beta, query)
     if values_readable(beta) and not bool(((beta > 0) & (beta <= MAX_BETA)).all()):
-        raise ValueError(f"beta: got {beta.detach().tolist()}, {allowed}")
+        raise ValueError(f"beta: got {beta.detach().tolist()}, {_allowed_beta(groups)}")
     return beta.reshape(-1)
 
 
