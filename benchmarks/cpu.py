@@ -1,8 +1,8 @@
 """Speed of the CPU backend: against the floor, the reference, torch's attention, linear attention in plain torch.
 
-    python -m benchmarks.cpu                          # the table and the lengths, into benchmarks/results/
-    python -m benchmarks.cpu --only table --tokens 16384 --output /tmp/x.json
-    python -m benchmarks.cpu --plot benchmarks/results/cpu-NAME.json
+    python -m benchmarks.cpu                          # all of it, into benchmarks/results/
+    python -m benchmarks.cpu --only table --tokens 16384 --into /tmp
+    python -m benchmarks.cpu --plot benchmarks/results/cpu-avx2-lengths.json
 
 The floor is the time to copy the bytes that any implementation must read and write once (forward: q, k, v, out;
 forward and backward: 11 such tensors) at the bandwidth of a large copy measured just before. Every figure is
@@ -33,11 +33,15 @@ RESULTS = Path(__file__).parent / "results"
 HEADS, DIM = 4, 128
 CONFIGURATIONS = ((2, 2), (3, 3), (4, 4))  # (P, L)
 LENGTHS = [2**n for n in range(7, 23)]
+PASSES = ("forward", "forward+backward")
 
 
 def measure(call: Callable[[], Any], seconds: float = 1.5, least: int = 5, most: int = 200) -> dict[str, float]:
     """Median and quantiles of the seconds a call takes, after one that is not counted."""
+    begin = time.perf_counter()
     call()
+    if time.perf_counter() - begin > 1.0:
+        least = min(least, 3)
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < least or (time.perf_counter() - begin < seconds and len(times) < most):
@@ -66,15 +70,20 @@ def machine() -> dict[str, Any]:
     found = re.search(r"model name\s*:\s*(.+)", text)
     return {
         "processor": found.group(1) if found else platform.processor(),
-        "instruction_set": cpu.instruction_set(),
+        "instruction set": cpu.instruction_set(),
         "threads": torch.get_num_threads(),
-        "copy_bytes_per_second": bandwidth(),
-        "gemm_flops_per_second": gemm(),
+        "shape": f"B = 1, H = G = {HEADS} unless said, D = Dv = {DIM}",
+        "copy GB/s": bandwidth() / 1e9,
+        "float32 matrix product GFLOP/s": gemm() / 1e9,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "race_attention": __version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def in_ms(times: dict[str, float]) -> dict[str, float]:
+    return {f"{name} ms" if name != "runs" else name: x * 1e3 if name != "runs" else x for name, x in times.items()}
 
 
 def floor(tokens: int, heads: int, dtype: torch.dtype, backward: bool, rate: float) -> float:
@@ -134,18 +143,9 @@ def table(tokens: int, rate: float, seconds: float) -> list[dict[str, Any]]:
     def add(name: str, attention: Callable[..., Tensor], dtype: torch.dtype, backward: bool, **more: Any) -> None:
         times = timed(attention, tokens, HEADS, dtype, backward, seconds)
         least = floor(tokens, HEADS, dtype, backward, rate)
-        rows.append(
-            {
-                "name": name,
-                "dtype": str(dtype)[6:],
-                "pass": "forward+backward" if backward else "forward",
-                "tokens": tokens,
-                **more,
-                **times,
-                "floor": least,
-                "times_floor": times["median"] / least,
-            }
-        )
+        row = {"name": name, "dtype": str(dtype)[6:], "pass": PASSES[backward], "causal": more.pop("causal")}
+        row |= {"P": more.get("planes"), "L": more.get("tables"), "times the floor": times["median"] / least}
+        rows.append({**row, **in_ms(times), "floor ms": least * 1e3})
         print("  ".join(f"{key}={x:.4g}" if isinstance(x, float) else f"{key}={x}" for key, x in rows[-1].items()))
 
     for backward in (False, True):
@@ -178,11 +178,11 @@ def crossover(seconds: float) -> list[dict[str, Any]]:
                 f"({p},{n})": timed(race("cpu", p, n, HEADS, True), tokens, HEADS, torch.float32, backward, seconds)
                 for p, n in CONFIGURATIONS
             }
-            rows.append(
-                {"tokens": tokens, "pass": "forward+backward" if backward else "forward", "sdpa": exact, "cpu": ours}
-            )
-            ratios = {name: round(exact["median"] / times["median"], 2) for name, times in ours.items()}
-            print(f"T={tokens} {rows[-1]['pass']}: sdpa {exact['median'] * 1e3:.3f} ms, times faster: {ratios}")
+            row = {"tokens": tokens, "pass": PASSES[backward], "softmax ms": exact["median"] * 1e3}
+            row |= {f"{name} ms": times["median"] * 1e3 for name, times in ours.items()}
+            row |= {f"{name} times faster": exact["median"] / times["median"] for name, times in ours.items()}
+            rows.append(row)
+            print({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()})
     return rows
 
 
@@ -191,12 +191,15 @@ def lengths(longest: int, rate: float, seconds: float) -> list[dict[str, Any]]:
     rows = []
     for tokens in (n for n in LENGTHS if n <= longest):
         for backward in (False, True):
+            row = {"tokens": tokens, "pass": PASSES[backward]}
+            row["floor ms"] = floor(tokens, 1, torch.bfloat16, backward, rate) * 1e3
             for planes, tables in CONFIGURATIONS:
-                times = timed(race("cpu", planes, tables, 1, True), tokens, 1, torch.bfloat16, backward, seconds)
-                least = floor(tokens, 1, torch.bfloat16, backward, rate)
-                row = {"tokens": tokens, "backward": backward, "planes": planes, "tables": tables, **times}
-                rows.append({**row, "floor": least})
-        print(f"T={tokens}: {[round(r['median'] / tokens * 1e9) for r in rows[-6:]]} ns a token")
+                attention = race("cpu", planes, tables, 1, True)
+                times = timed(attention, tokens, 1, torch.bfloat16, backward, seconds)
+                row[f"({planes},{tables}) ms"] = times["median"] * 1e3
+                row[f"({planes},{tables}) ns a token"] = times["median"] / tokens * 1e9
+            rows.append(row)
+            print({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()})
     return rows
 
 
@@ -209,27 +212,20 @@ def plot(path: Path) -> Path:
 
     result = json.loads(path.read_text(encoding="utf-8"))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for axis, backward in zip(axes, (False, True), strict=True):
-        rows = [r for r in result["lengths"] if r["backward"] == backward]
+    for axis, name in zip(axes, PASSES, strict=True):
+        rows = [row for row in result["rows"] if row["pass"] == name]
         for planes, tables in CONFIGURATIONS:
-            mine = [r for r in rows if (r["planes"], r["tables"]) == (planes, tables)]
-            axis.plot(
-                [r["tokens"] for r in mine],
-                [r["median"] for r in mine],
-                marker="o",
-                ms=3,
-                label=f"P={planes}, L={tables}",
-            )
-        mine = [r for r in rows if r["planes"] == 2]
-        axis.plot([r["tokens"] for r in mine], [r["floor"] for r in mine], "k--", label="floor (copy)")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title="forward + backward" if backward else "forward")
+            times = [row[f"({planes},{tables}) ms"] / 1e3 for row in rows]
+            axis.plot([row["tokens"] for row in rows], times, marker="o", ms=3, label=f"P={planes}, L={tables}")
+        axis.plot([row["tokens"] for row in rows], [row["floor ms"] / 1e3 for row in rows], "k--", label="floor (copy)")
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=name)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
     axes[0].legend()
-    about = result["machine"]
+    about = result["context"]
     figure.suptitle(
         f"causal RACE attention, bfloat16, one head, D = Dv = {DIM}: {about['processor']}, "
-        f"{about['instruction_set']}, {about['threads']} threads, {about['date']}",
+        f"{about['instruction set']}, {about['threads']} threads, {about['date']}",
         fontsize=9,
     )
     figure.tight_layout()
@@ -245,30 +241,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="at least, for each figure")
     parser.add_argument("--only", nargs="*", choices=("table", "crossover", "lengths"), default=None)
-    parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--plot", type=Path, default=None, help="only draws a result file")
+    parser.add_argument("--into", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path, default=None, help="only draws a result file of lengths")
     options = parser.parse_args()
     if options.plot is not None:
         print(plot(options.plot))
         return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    result: dict[str, Any] = {"machine": machine(), "shape": {"batch": 1, "heads": HEADS, "dim": DIM, "value_dim": DIM}}
-    print(result["machine"])
-    output = options.output or RESULTS / f"cpu-{result['machine']['instruction_set']}.json"
-    if output.exists():  # parts measured at other times stay, with the machine of their own time
-        result = {**json.loads(output.read_text(encoding="utf-8")), **result}
-    rate = result["machine"]["copy_bytes_per_second"]
-    wanted = options.only or ("table", "crossover", "lengths")
-    if "table" in wanted:
-        result["table"] = table(options.tokens, rate, options.seconds)
-    if "crossover" in wanted:
-        result["crossover"] = crossover(min(options.seconds, 0.3))
-    if "lengths" in wanted:
-        result["lengths"] = lengths(options.longest, rate, min(options.seconds, 0.5))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {output}")
+    parts: dict[str, tuple[str, Callable[[float], list[dict[str, Any]]]]] = {
+        "table": (f"CPU, T = {options.tokens}", lambda rate: table(options.tokens, rate, options.seconds)),
+        "crossover": (
+            "CPU, against torch's scaled_dot_product_attention (causal, float32)",
+            lambda _: crossover(min(options.seconds, 0.3)),
+        ),
+        "lengths": (
+            "CPU, time against length (causal, bfloat16, one head)",
+            lambda rate: lengths(options.longest, rate, min(options.seconds, 0.5)),
+        ),
+    }
+    for name in options.only or parts:
+        title, run = parts[name]
+        about = machine()
+        print(about)
+        rows = run(about["copy GB/s"] * 1e9)
+        path = options.into / f"cpu-{about['instruction set']}-{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"title": title, "context": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":
