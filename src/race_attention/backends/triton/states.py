@@ -126,12 +126,13 @@ def scan_kernel(
         for share in range(SHARE):
             source = states + ((run * G + head) * SHARE + share)[:, None] * size + e[None, :]
             x += tl.load(source, mask=inside, other=0.0).to(tl.float64)
-        kept = tl.full([RT, E], 1.0, tl.float64)
         if HAS_DECAY:
             log_kept = tl.load(totals + run * G + head, mask=r + i < count, other=0.0)
-            kept = tl.exp(log_kept)[:, None] * kept
-        all_kept, all_sum = tl.associative_scan((kept, x), 0, _then)
-        after = all_kept * carry[None, :] + all_sum
+            kept = tl.zeros([RT, E], tl.float64) + tl.exp(log_kept)[:, None]
+            all_kept, all_sum = tl.associative_scan((kept, x), 0, _then)
+            after = all_kept * carry[None, :] + all_sum
+        else:
+            after = carry[None, :] + tl.cumsum(x, 0)
         if CAUSAL:  # the state after a run is the state before the next: written one run further on
             next_run = run + (-1 if REVERSE else 1)
             target = before + (next_run * G + head)[:, None] * size + e[None, :]
