@@ -63,7 +63,12 @@ def graphed(step: Step) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return measure(lambda: [graph.replay() for _ in range(20)], 15) / 20
+
+    def replays() -> None:
+        for _ in range(20):
+            graph.replay()
+
+    return measure(replays, 15) / 20
 
 
 def bandwidth() -> float:
@@ -113,7 +118,8 @@ class Exact:
 
     def __call__(self) -> Any:
         with sdpa_kernel(self.backend):
-            out = F.scaled_dot_product_attention(*self.inputs, is_causal=self.causal)
+            query, key, value = self.inputs
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return torch.autograd.grad(out, self.inputs, self.grad) if self.backward else out
 
 
@@ -142,7 +148,7 @@ def table(report: Callable[..., None]) -> None:
     for planes, tables in CONFIGURATIONS:
         for causal in (True, False):
             for backward in (False, True):
-                step = Race(planes, tables, MILLION, causal, backward)
+                step: Step = Race(planes, tables, MILLION, causal, backward)
                 report("table", P=planes, L=tables, causal=causal, backward=backward, tokens=MILLION, ms=measure(step))
                 del step
                 freed()
@@ -169,8 +175,15 @@ def lengths(report: Callable[..., None]) -> None:
             if tokens > longest:
                 break
             for planes, tables in ((2, 2), (4, 4)):
-                step = Race(planes, tables, tokens, True, True, heads=heads)
-                own = {"P": planes, "L": tables, "heads": heads, "tokens": tokens, "causal": True, "backward": True}
+                step: Step = Race(planes, tables, tokens, True, True, heads=heads)
+                own: dict[str, Any] = {
+                    "P": planes,
+                    "L": tables,
+                    "heads": heads,
+                    "tokens": tokens,
+                    "causal": True,
+                    "backward": True,
+                }
                 report("lengths", **own, ms=measure(step, 3 if power > 20 else 7))
                 if power < 16:
                     report("lengths", **own, graph=True, ms=graphed(step))
@@ -194,7 +207,7 @@ def twelve(report: Callable[..., None]) -> None:
             freed()
             torch.cuda.reset_peak_memory_stats()
             try:
-                step = Race(planes, tables, tokens, True, True)
+                step: Step = Race(planes, tables, tokens, True, True)
                 ms = measure(step, 3, 1)
             except torch.OutOfMemoryError:
                 report("resident", P=planes, L=tables, tokens=tokens, causal=True, backward=True, ms=None)
