@@ -44,7 +44,8 @@ WIDE: dict[str, dict[str, Any]] = {
         "causal": True, "batch": 1, "tokens": 20, "dim": 16, "planes": 10, "tables": 1, "heads": 1, "beta": 20.0,
     },
     "causal-large-head": {
-        "causal": True, "batch": 1, "tokens": 20, "dim": 200, "value_dim": 144, "scale": 0.07, "planes": 2, "tables": 2, "heads": 1,
+        "causal": True, "batch": 1, "tokens": 20, "dim": 200, "value_dim": 144, "scale": 0.07,
+        "planes": 2, "tables": 2, "heads": 1,
     },
 }  # fmt: skip
 
