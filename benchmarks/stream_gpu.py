@@ -190,6 +190,28 @@ def until_it_ends(
     return {"rows": rows, "ended_by": ended, "at_tokens": length, "bytes_per_token": slope}
 
 
+def table_rows(name: str, result: Any) -> list[dict[str, Any]]:
+    """A result as lines of a table, for the documentation."""
+    steps = result["rows"] if isinstance(result, dict) and "rows" in result else result
+    steps = [steps] if isinstance(steps, dict) else steps
+    made = []
+    for one in steps:
+        if "peak_memory_bytes" in one:
+            seconds, peak = one["seconds"], one["peak_memory_bytes"]
+            made.append(
+                {
+                    "what": name.replace("_", " "),
+                    "tokens": one["tokens"],
+                    "segment": one.get("segment"),
+                    "seconds": seconds["total"] if isinstance(seconds, dict) else seconds,
+                    "peak GiB": peak.get("cuda_allocated", peak["resident"]) / 2**30,
+                }
+            )
+    if isinstance(result, dict) and "ended_by" in result:
+        made.append({"what": f"{name}: ended by {result['ended_by']}", "tokens": result["at_tokens"]})
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -205,10 +227,12 @@ def main() -> None:
     device = torch.device(given.device)
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "stream_gpu.json"
-    results: dict[str, Any] = {"machine": machine(device)}
+    title = "One layer over a stream, and one optimiser step of a model on one context"
+    results: dict[str, Any] = {"title": title, "context": machine(device), "rows": []}
 
     def keep(name: str, result: Any) -> None:
         results[name] = result
+        results["rows"] += table_rows(name, result)
         file.write_text(json.dumps(results, indent=2) + "\n")
         print(name, json.dumps(result)[:600], flush=True)
 

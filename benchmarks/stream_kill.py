@@ -57,7 +57,13 @@ def main() -> None:
     expected = json.loads(whole.stdout)
     killed = run_killed(given.options, given.kills, given.seconds, given.seed)
     same = killed["result"]["checksums"] == expected["checksums"]
-    record = {"machine": machine(), "kills": given.kills, "identical": same, "uninterrupted": expected} | killed
+    row = {"tokens": expected["shape"]["T"], "segment": expected["segment"], "kills": given.kills, "identical": same}
+    record = {
+        "title": "Killed by SIGKILL at random moments, resumed: the same checksums, bit for bit",
+        "context": machine() | {"backend": expected["backend"]},
+        "rows": [row],
+        "uninterrupted": expected,
+    } | killed
     given.out.write_text(json.dumps(record, indent=2) + "\n")
     print(f"{given.kills} kills; checksums {'identical' if same else 'DIFFER'}")
     if not same:

@@ -40,7 +40,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens of one context", ylabel=what)
         axes.grid(True, which="both", alpha=0.2)
     left.legend(fontsize=7)
-    where = results["machine"]
+    where = results["context"]
     millions = results["parameters"]["race"] / 1e6
     figure.suptitle(
         f"One optimiser step, {millions:.0f}M parameters, {where.get('gpu') or where.get('cpu')}", fontsize=9
