@@ -136,7 +136,7 @@ def timed(
 # ---- what is measured ---------------------------------------------------------------------------------------------
 
 
-def table(tokens: int, rate: float, seconds: float) -> list[dict[str, Any]]:
+def table(tokens: int, rate: float, seconds: float, peers: bool) -> list[dict[str, Any]]:
     """Every implementation at one length, forward and forward + backward."""
     rows: list[dict[str, Any]] = []
 
@@ -156,15 +156,11 @@ def table(tokens: int, rate: float, seconds: float) -> list[dict[str, Any]]:
         for planes, tables in CONFIGURATIONS:
             more = {"planes": planes, "tables": tables}
             add("cpu", race("cpu", planes, tables, HEADS, False), torch.float32, backward, causal=False, **more)
-            add(
-                "reference",
-                race("reference", planes, tables, HEADS, True),
-                torch.float32,
-                backward,
-                causal=True,
-                **more,
-            )
-        add("linear attention (torch)", linear_attention, torch.float32, backward, causal=True)
+            if peers:
+                slow = race("reference", planes, tables, HEADS, True)
+                add("reference", slow, torch.float32, backward, causal=True, **more)
+        if peers:
+            add("linear attention (torch)", linear_attention, torch.float32, backward, causal=True)
     return rows
 
 
@@ -241,6 +237,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="at least, for each figure")
     parser.add_argument("--only", nargs="*", choices=("table", "crossover", "lengths"), default=None)
+    parser.add_argument("--without-peers", action="store_true", help="leaves the slow ones out of the table")
     parser.add_argument("--into", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path, default=None, help="only draws a result file of lengths")
     options = parser.parse_args()
@@ -250,7 +247,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     parts: dict[str, tuple[str, Callable[[float], list[dict[str, Any]]]]] = {
-        "table": (f"CPU, T = {options.tokens}", lambda rate: table(options.tokens, rate, options.seconds)),
+        "table": (
+            f"CPU, T = {options.tokens}",
+            lambda rate: table(options.tokens, rate, options.seconds, not options.without_peers),
+        ),
         "crossover": (
             "CPU, against torch's scaled_dot_product_attention (causal, float32)",
             lambda _: crossover(min(options.seconds, 0.3)),

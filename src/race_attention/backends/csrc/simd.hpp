@@ -97,6 +97,7 @@ RACE_INLINE V<T> shuffle(V<T> a, V<T> b, Lanes<Is...>) {
 template <class T, int Width>
 struct Sums;
 
+#if RACE_BYTES == 16
 template <>
 struct Sums<float, 4> {
   static RACE_INLINE V<float> within(V<float>* z) {
@@ -114,7 +115,7 @@ struct Sums<double, 2> {
     return shuffle<double>(z[0], z[1], Lanes<0, 2>{}) + shuffle<double>(z[0], z[1], Lanes<1, 3>{});
   }
 };
-#if RACE_BYTES >= 32
+#elif RACE_BYTES == 32
 template <>
 struct Sums<float, 8> {
   static RACE_INLINE V<float> of(V<float>* a) {
@@ -139,8 +140,7 @@ struct Sums<double, 4> {
     return shuffle<double>(z[0], z[1], Lanes<0, 4, 2, 6>{}) + shuffle<double>(z[0], z[1], Lanes<1, 5, 3, 7>{});
   }
 };
-#endif
-#if RACE_BYTES >= 64
+#elif RACE_BYTES == 64
 template <>
 struct Sums<float, 16> {
   static RACE_INLINE V<float> halves(V<float> a, V<float> b) {
