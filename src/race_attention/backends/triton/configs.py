@@ -85,13 +85,11 @@ _MEASURED = {
 
 def _default(kernel: str, dim: int, buckets: int, dtype: torch.dtype) -> Config:
     if kernel.startswith("wide_"):  # one block is one run: all the same, and long
-        wide = Config(64, 4, 1) if dtype != torch.float32 else Config(32, 4, 1)
+        wide = Config(64, 4, 1) if dtype != torch.float32 else Config(16, 8, 1)
         return wide if dim <= 128 else Config(16, 8, 1)
     if dtype != torch.float32:
         return Config(*_MEASURED[kernel][buckets]) if dim <= 128 else Config(32, 8, 1)
-    if dim <= 64:
-        return Config(32, 4, 1)
-    return Config(32, 8, 1) if dim <= 128 else Config(16, 8, 1)
+    return Config(16, 4, 1) if dim <= 64 else Config(16, 8, 1)  # blocks of 32 make ptxas give up on registers
 
 
 def users_path() -> Path:
