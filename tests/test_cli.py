@@ -158,3 +158,17 @@ def test_a_missing_extra_is_named(missing):
     assert done.returncode == 1
     assert "race-attention[cli]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class TestAutotune:
+    @pytest.mark.skipif(importlib.import_module("torch").cuda.is_available(), reason="there is a GPU to tune for")
+    def test_needs_a_gpu_and_says_so(self):
+        pytest.importorskip("triton")
+        result = run("autotune")
+        assert result.exit_code == 2
+        assert "GPU" in result.output
+
+    def test_refuses_other_dtypes(self):
+        result = run("autotune", "--dtype", "float64")
+        assert result.exit_code == 2
+        assert "bfloat16" in result.output

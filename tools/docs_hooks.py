@@ -26,15 +26,31 @@ def _mathml(match: re.Match[str]) -> str:
     return f'<{tag} class="equation">{made}</{tag}>' if tag == "div" else made
 
 
-def _table(path: Path) -> str:
-    """A result file as Markdown: its title, the rows as a table, the context they were measured in."""
+_MOST_ROWS = 40  # a longer table is folded
+
+
+def _tables(path: Path) -> str:
+    """A result file as Markdown: its title, a table for each part of its rows, the context they were measured in."""
     data = json.loads(path.read_text())
-    rows: list[dict[str, Any]] = data["rows"]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [f"### {data['title']}", "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
-    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    title = data.get("title") or path.stem.replace("-", " ")
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        parts.setdefault(str(row.get("part", "")), []).append({k: v for k, v in row.items() if k != "part"})
+    lines = [f"### {title}", ""]
+    for part, rows in parts.items():
+        lines += [f"#### {part}", ""] if part else []
+        lines += [*_table(rows), ""]
     context = "; ".join(f"{name}: {_cell(value)}" for name, value in data["context"].items())
-    return "\n".join([*lines, "", f"{context}. From `{path.relative_to(ROOT)}`.", ""])
+    return "\n".join([*lines, f"{context}. From `{path.relative_to(ROOT)}`.", ""])
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    if len(rows) <= _MOST_ROWS:
+        return lines
+    return [f'??? note "{len(rows)} rows"', "", *(f"    {line}" for line in lines)]
 
 
 def _cell(value: Any) -> str:
@@ -45,7 +61,7 @@ def _cell(value: Any) -> str:
 
 def _results(match: re.Match[str]) -> str:
     found = sorted(ROOT.glob(match[1]))
-    return "\n".join(map(_table, found)) if found else f"*No result file is committed at `{match[1]}` yet.*"
+    return "\n".join(map(_tables, found)) if found else f"*No result file is committed at `{match[1]}` yet.*"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from race_attention._version import __version__
 
-COMMANDS = ("info", "choose", "bench", "stream")
+COMMANDS = ("info", "choose", "bench", "stream", "autotune")
 
 
 def _show_version(wanted: bool) -> None:
