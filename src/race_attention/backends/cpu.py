@@ -21,6 +21,7 @@ from .call import Call
 
 _STORES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _MOST_BUCKETS = 1 << 16
+_FLOAT32_PLANES = 8  # with more, a key's least weight is a denormal float32: such calls compute in float64
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor hyperplanes, Tensor beta, Tensor? log_decay, Tensor? key_mask, "
     "Tensor? cu_seqlens, Tensor? cu_seqlens_key, Tensor? initial_mass, Tensor? initial_value_sum, bool causal"
@@ -74,13 +75,11 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
         out [B, Tq, H, Dv] in the query's dtype, and the final mass [rows, G, L, R] and value_sum
         [rows, G, L, R, Dv] float64, or None twice where ``call.return_state`` is not set.
     """
+    tokens: tuple[Tensor | None, ...] = call.query, call.key, call.value, call.hyperplanes, call.beta, call.log_decay
+    if call.hyperplanes.shape[2] > _FLOAT32_PLANES:
+        tokens = tuple(None if x is None else x.double() for x in tokens)
     inputs = (
-        call.query,
-        call.key,
-        call.value,
-        call.hyperplanes,
-        call.beta,
-        call.log_decay,
+        *tokens,
         call.key_mask,
         call.cu_seqlens,
         call.cu_seqlens_key,
@@ -89,6 +88,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     )
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, mass, value_sum, _ = torch.ops.race_attention.cpu_forward(*inputs, call.causal, call.return_state, save)
+    out = out.to(call.query.dtype)
     return (out, mass, value_sum) if call.return_state else (out, None, None)
 
 
@@ -134,12 +134,15 @@ def _forward_results(
 
 
 def _gradients(inputs: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """The results of cpu_backward, uninitialised, of size 0 where not wanted."""
+    """The results of cpu_backward, of size 0 where not wanted.
+
+    Uninitialised but for those of hyperplanes and beta, which no row writes where there is none.
+    """
     query, key, value, hyperplanes, beta, log_decay, _, _, _, mass, value_sum = inputs[:11]
     tensors = (query, key, value, hyperplanes, beta, log_decay, mass, value_sum)
     return tuple(
-        query.new_empty((0,)) if x is None or not want else x.new_empty(x.shape)
-        for x, want in zip(tensors, wanted, strict=True)
+        query.new_empty((0,)) if x is None or not want else (x.new_zeros if place in (3, 4) else x.new_empty)(x.shape)
+        for place, (x, want) in enumerate(zip(tensors, wanted, strict=True))
     )
 
 
