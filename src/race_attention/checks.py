@@ -8,7 +8,6 @@ values cannot be read at all.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from itertools import pairwise
