@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu                          # all of it, into benchmarks/results/
     python -m benchmarks.cpu --only table --tokens 16384 --into /tmp
-    python -m benchmarks.cpu --plot benchmarks/results/cpu-avx2-lengths.json
+    python -m benchmarks.cpu --plot benchmarks/results/cpu-NAME-lengths.json
 
 The floor is the time to copy the bytes that any implementation must read and write once (forward: q, k, v, out;
 forward and backward: 11 such tensors) at the bandwidth of a large copy measured just before. Every figure is
