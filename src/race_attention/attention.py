@@ -10,6 +10,7 @@ from torch import Tensor
 from . import backends
 from .backends.call import Call
 from .checks import check
+from .packing import row_of_token
 from .state import RaceState, state_dtype
 
 
@@ -158,5 +159,4 @@ def _tokens(call: Call) -> Tensor:
 def _row_of_key(call: Call) -> Tensor:
     """The packed sequence that each key belongs to: [Tk]."""
     assert call.cu_seqlens_key is not None
-    position = torch.arange(call.key.shape[1], device=call.key.device)
-    return torch.searchsorted(call.cu_seqlens_key[1:].contiguous(), position, right=True)
+    return row_of_token(call.cu_seqlens_key, call.key.shape[1])

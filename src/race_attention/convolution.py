@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packing import row_of_token
+
 _BLOCK = 1 << 18  # numbers a block on a CPU: one megabyte of float32, which stays in a core's cache
 
 
@@ -146,7 +148,7 @@ class _Gaps:
         cu_seqlens = cu_seqlens.to(torch.int64)
         self.rows, self.size, self.length = cu_seqlens.shape[0] - 1, size, length
         position = torch.arange(length, device=cu_seqlens.device)
-        row = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+        row = row_of_token(cu_seqlens, length)
         self.token = position + size * (row + 1)  # [T]
         gap = torch.arange(size, device=cu_seqlens.device)
         shift = size * torch.arange(self.rows, device=cu_seqlens.device)

@@ -16,6 +16,7 @@ from .convolution import causal as causal_convolution
 from .convolution import centred as centred_convolution
 from .features import sample_hyperplanes
 from .layer_state import RaceAttentionState
+from .packing import row_of_token
 from .rotary import rotate
 
 _MIN_BETA = 1e-4
@@ -403,7 +404,7 @@ def _positions(x: Tensor, valid: Tensor | None, cu_seqlens: Tensor | None, offse
     index = torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64)
-        row = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
+        row = row_of_token(cu_seqlens, x.shape[1])
         start = cu_seqlens[:-1] if offset is None else cu_seqlens[:-1] - offset
         return (index - start[row]).unsqueeze(0)
     position = index.unsqueeze(0) if valid is None else (valid.cumsum(1) - 1).clamp(min=0)

@@ -272,6 +272,20 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+    sync_directory(target.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes a renaming in a directory outlast a loss of power, where the system can."""
+    if os.name != "posix":
+        return
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(directory)
 
 
 def read_safetensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from race_attention.state import sync_directory
+
 from .files import FileArray, create, open_npy, open_safetensors
 
 
@@ -177,6 +179,7 @@ class FileSink(Sink):
         self.flush()
         if self.unfinished.exists():
             os.replace(self.unfinished, self.path)
+            sync_directory(self.path.parent)
         self.arrays = {}
 
 
