@@ -165,7 +165,11 @@ def by_segments(
 def until_it_ends(
     device: torch.device, cls: type[DecoderLM], config: ModelConfig, text: Tensor, start: int, limit: float
 ) -> dict[str, Any]:
-    """Doubles the length until memory runs out, or the next would take longer than ``limit`` seconds."""
+    """Longer and longer contexts, until memory runs out or the next would take more than ``limit`` seconds.
+
+    Four times as long each, but where the line through the last two peaks says that this cannot fit: then just
+    below the length that it says fits, and just above.
+    """
     model = cls(config, seed=0).to(device)
     rows: list[dict[str, Any]] = []
     step(device, model, text, start, in_one_piece)
@@ -176,18 +180,56 @@ def until_it_ends(
         except torch.OutOfMemoryError:
             ended = "memory"
             break
-        growth = rows[-1]["seconds"] / rows[-2]["seconds"] if len(rows) > 1 else 2.0
-        if rows[-1]["seconds"] * min(max(growth, 2.0), 4.0) > limit:
+        longer = next_length(length, fitting(device, rows))
+        if rows[-1]["seconds"] * (longer / length) ** exponent(rows) > limit:
             ended = "time"
             break
-        length *= 2
-    memory = "cuda_allocated" if device.type == "cuda" else "resident"
-    slope = None
-    if len(rows) > 1:  # bytes a token, from the two longest
-        a, b = rows[-2], rows[-1]
-        grown = b["peak_memory_bytes"][memory] - a["peak_memory_bytes"][memory]
-        slope = grown / (b["tokens"] - a["tokens"])
-    return {"rows": rows, "ended_by": ended, "at_tokens": length, "bytes_per_token": slope}
+        length = longer
+    slope = bytes_per_token(rows)
+    return {
+        "rows": rows,
+        "ended_by": ended,
+        "at_tokens": length,
+        "bytes_per_token": slope,
+        "would_fit_tokens": fitting(device, rows),
+    }
+
+
+def peak(row: dict[str, Any]) -> int:
+    """Bytes: of the GPU where there is one."""
+    memory: dict[str, int] = row["peak_memory_bytes"]
+    return memory.get("cuda_allocated", memory["resident"])
+
+
+def bytes_per_token(rows: list[dict[str, Any]]) -> float | None:
+    """The slope of peak memory between the two longest."""
+    if len(rows) < 2:
+        return None
+    return (peak(rows[-1]) - peak(rows[-2])) / (rows[-1]["tokens"] - rows[-2]["tokens"])
+
+
+def fitting(device: torch.device, rows: list[dict[str, Any]]) -> int | None:
+    """The length at which the device's memory would be full, by the line through the two longest."""
+    slope = bytes_per_token(rows)
+    if device.type != "cuda" or not slope or slope <= 0:
+        return None
+    room = torch.cuda.get_device_properties(device).total_memory - peak(rows[-1])
+    return int(rows[-1]["tokens"] + room / slope)
+
+
+def next_length(length: int, most: int | None) -> int:
+    """What to try after ``length``."""
+    if most is None or 4 * length < 0.95 * most:
+        return 4 * length
+    return int(0.95 * most) if length < 0.9 * most else int(max(1.05 * most, 1.05 * length))
+
+
+def exponent(rows: list[dict[str, Any]]) -> float:
+    """How time grows with length, 1 to 2, from the two longest."""
+    if len(rows) < 2:
+        return 1.0
+    a, b = rows[-2], rows[-1]
+    return min(max(math.log(b["seconds"] / a["seconds"]) / math.log(b["tokens"] / a["tokens"]), 1.0), 2.0)
 
 
 def table_rows(name: str, result: Any) -> list[dict[str, Any]]:
@@ -197,18 +239,20 @@ def table_rows(name: str, result: Any) -> list[dict[str, Any]]:
     made = []
     for one in steps:
         if "peak_memory_bytes" in one:
-            seconds, peak = one["seconds"], one["peak_memory_bytes"]
+            seconds = one["seconds"]
             made.append(
                 {
                     "what": name.replace("_", " "),
                     "tokens": one["tokens"],
                     "segment": one.get("segment"),
                     "seconds": seconds["total"] if isinstance(seconds, dict) else seconds,
-                    "peak GiB": peak.get("cuda_allocated", peak["resident"]) / 2**30,
+                    "peak GiB": peak(one) / 2**30,
                 }
             )
     if isinstance(result, dict) and "ended_by" in result:
         made.append({"what": f"{name}: ended by {result['ended_by']}", "tokens": result["at_tokens"]})
+        if result["would_fit_tokens"]:
+            made.append({"what": f"{name}: memory would be full at", "tokens": result["would_fit_tokens"]})
     return made
 
 
