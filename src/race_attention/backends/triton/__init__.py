@@ -4,7 +4,9 @@
     states.py    the state of each run of tokens, and the scan over them
     causal.py, wide.py, full.py    readout and gradients: buckets in one tile, in several, not causal
     decode.py    one token in place on the state
-    plan.py, configs.py, launch.py, ops.py    runs, configurations, launches, torch operators
+    plan.py, configs.py          runs of tokens, configurations
+    launch.py, launch_*.py       host code of the launches: shared, then by what they launch
+    passes.py, ops.py            the forward and the backward pass, torch operators
     autotune.py  times configurations and writes the user's own table
 
 Importing this module imports neither Triton nor a kernel.

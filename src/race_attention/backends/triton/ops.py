@@ -53,9 +53,9 @@ def triton_forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, final mass, final value_sum, states kept for the backward pass). Arguments as in ``Call``."""
-    from . import launch
+    from . import passes
 
-    return launch.forward(
+    return passes.forward(
         query, key, value, hyperplanes, beta, log_decay, key_mask, cu_seqlens, cu_seqlens_key, mass, value_sum, causal
     )  # fmt: skip
 
@@ -123,9 +123,9 @@ def triton_backward(
 
     Those of hyperplanes (with ``need_planes`` False) and of a log_decay that is None are empty.
     """
-    from . import launch
+    from . import passes
 
-    return launch.backward(
+    return passes.backward(
         grad_out, grad_mass, grad_value_sum, query, key, value, hyperplanes, beta, log_decay, key_mask,
         cu_seqlens, cu_seqlens_key, final_mass, final_value_sum, states, causal, need_planes,
     )  # fmt: skip

@@ -1,0 +1,75 @@
+"""Launching the kernels of states: the first two verbs, accumulate and scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan, states
+from .launch import Problem, pointer_or
+
+#: Runs and elements of a state that one program of the scan takes at a time.
+SCAN_RUNS, SCAN_ELEMENTS = 32, 64
+
+
+def accumulate(problem: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
+    """The state that the keys of each run leave, and each run's total log decay [runs, G] float64."""
+    p = problem
+    result = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
+    totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
+    if runs.count * p.groups:
+        states.accumulate_kernel[(runs.count * p.groups, p.shape.tiles)](
+            p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
+            pointer_or(runs.table, p.beta), result, totals,
+            *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
+            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, **p.options("accumulate", tiles=False),
+        )  # fmt: skip
+    return result, totals
+
+
+def scan(
+    problem: Problem,
+    runs: plan.Runs,
+    parts: Tensor,
+    totals: Tensor,
+    before: Tensor,
+    initial: tuple[Any, Any],
+    *,
+    share: int = 1,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Fills ``before`` with the state before each run (causal) or of each row, and returns the final (mass, value_sum).
+
+    ``reverse`` mirrors it for adjoints. States inside are lifted; those of the interface are not.
+    """  # fmt: skip
+    p, shape = problem, problem.shape
+    lift = 2.0 ** (shape.lift * shape.planes)
+    mass = p.new(p.rows, p.groups, shape.tables, 1 << shape.planes, dtype=torch.float64)
+    value_sum = p.new(*mass.shape, shape.value_dim, dtype=torch.float64)
+    given = [None if x is None else x.contiguous() for x in initial]
+    if (given[0] is None) != (given[1] is None):
+        given = [torch.zeros_like(made) if x is None else x for x, made in zip(given, (mass, value_sum), strict=True)]
+    if p.rows * p.groups:
+        states.scan_kernel[(p.rows * p.groups, -(-shape.state_size // SCAN_ELEMENTS))](
+            parts, before, totals, pointer_or(runs.first, p.beta), pointer_or(given[0], mass),
+            pointer_or(given[1], value_sum), mass, value_sum, 1.0 / lift if reverse else lift, p.groups, runs.per_row,
+            SHARE=share, S=shape.buckets, V=shape.value_dim, RT=SCAN_RUNS, E=SCAN_ELEMENTS,
+            CAUSAL=p.causal, REVERSE=reverse, PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None,
+            HAS_IN=given[0] is not None, HAS_OUT=True, num_warps=4,
+        )  # fmt: skip
+    return mass, value_sum
+
+
+def run_totals(p: Problem, runs: plan.Runs) -> Tensor:
+    """Each run's total log decay again, [runs, G] float64."""
+    if p.log_decay is None:
+        return p.beta
+    totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64)
+    if runs.count * p.groups:
+        states.total_decay_kernel[(runs.count * p.groups,)](
+            p.log_decay, pointer_or(runs.table, p.beta), totals, *p.decay_strides, p.keys, runs.length, runs.per_row,
+            p.groups, C=128, PACKED=p.bounds is not None, num_warps=4,
+        )  # fmt: skip
+    return totals

@@ -1,0 +1,54 @@
+"""The forward and the backward pass of a call: what the operators of ops.py run. Host code only."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from . import launch_causal, launch_full, launch_wide
+from .launch import ParameterSums, Problem, launching
+from .ops import shape_of
+
+
+def _launches_of(problem: Problem) -> ModuleType:
+    if not problem.causal:
+        return launch_full
+    return launch_causal if problem.shape.narrow else launch_wide
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None,
+    key_mask: Tensor | None, bounds: Tensor | None, key_bounds: Tensor | None, mass: Tensor | None,
+    value_sum: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, final mass, final value_sum, states): what the operator ``triton_forward`` returns."""
+    shape = shape_of(query, value, hyperplanes)
+    p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
+    with launching(query.device):
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p).forward(p, (mass, value_sum))
+    return result
+
+
+def backward(
+    grad_out: Tensor, grad_mass: Tensor | None, grad_value_sum: Tensor | None, query: Tensor, key: Tensor,
+    value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None, key_mask: Tensor | None,
+    bounds: Tensor | None, key_bounds: Tensor | None, final_mass: Tensor | None, final_value_sum: Tensor | None,
+    kept: Tensor, causal: bool, need_planes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the operator ``triton_backward`` returns.
+
+    Two passes over the tokens: from the queries, which leaves the gradient of the state before each run, and, after
+    the scan over those, from the keys.
+    """
+    shape = shape_of(query, value, hyperplanes)
+    p = Problem(
+        query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape, grad_out
+    )  # fmt: skip
+    with launching(query.device):
+        sums = ParameterSums(p, need_planes)
+        dq, dk, dv, decay, initial = _launches_of(p).backward(
+            p, kept, (grad_mass, grad_value_sum), (final_mass, final_value_sum), sums
+        )
+        planes, of_beta = sums.reduced()
+    return dq, dk, dv, planes, of_beta, decay, *initial
