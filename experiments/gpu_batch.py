@@ -9,21 +9,29 @@ puts back where they belong, for machines that keep nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import io
+import json
 import math
 import os
 import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from experiments import config as configuration
 from experiments.config import ConfigError, check
-from experiments.run import RunConfig, read_rows, result_path
+from experiments.run import OutOfTime, Run, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "experiments" / "configs"
@@ -31,25 +39,49 @@ CONFIGS = ROOT / "experiments" / "configs"
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the queue."""
+    """One run of the queue.
+
+    Attributes:
+        file: the configuration.
+        table: of the results.
+        rows: the row; or, for a finalist, all rows of a search, of which the best takes part once all are done.
+        seed: of the run.
+    """
 
     file: Path
-    row: str
+    table: str
+    rows: tuple[str, ...]
     seed: int
-    config: RunConfig
 
+    def row(self, results: Path) -> str | None:
+        """The row to run; None while its search is not done, or nothing of it succeeded."""
+        if len(self.rows) == 1:
+            return self.rows[0]
+        found = []
+        for row in self.rows:
+            path = results / self.table / row / "seed-0.json"
+            if not path.exists():
+                return None
+            result = json.loads(path.read_text())
+            if not result["error"]:
+                found.append((result["best"]["valid"] * (1 if result["higher_is_better"] else -1), row))
+        return max(found, key=lambda one: one[0])[1] if found else None  # of equals the first
 
-@dataclass
-class Running:
-    """A job and its process."""
+    def result(self, results: Path) -> Path | None:
+        """Where its result lies, if its row is known."""
+        row = self.row(results)
+        return None if row is None else results / self.table / row / f"seed-{self.seed}.json"
 
-    job: Job
-    process: subprocess.Popen[bytes]
-    started: float
+    def __str__(self) -> str:
+        row = self.rows[0] if len(self.rows) == 1 else self.rows[0].partition("@")[0] + "@best"
+        return f"{self.table}/{row}/{self.seed}"
 
 
 def read_queue(path: Path) -> list[Job]:
     """The jobs of a queue file, in its order, each once.
+
+    An entry names a configuration, rows (a name without its ``@`` part stands for its whole search; default all),
+    seeds, and ``best = true`` for the finalists: the best row of each search, judged by seed 0, with more seeds.
 
     Raises:
         ConfigError: naming the entry and the key.
@@ -58,22 +90,89 @@ def read_queue(path: Path) -> list[Job]:
     entries = data.get("runs")
     check(isinstance(entries, list) and bool(entries), "runs", entries, "a list of [[runs]]")
     assert isinstance(entries, list)
-    jobs: dict[tuple[str, str, int], Job] = {}
+    jobs: dict[tuple[str, tuple[str, ...], int], Job] = {}
     for number, entry in enumerate(entries, start=1):
         where = f"runs[{number}]"
-        unknown = set(entry) - {"config", "rows", "seeds"}
-        check(not unknown and "config" in entry, where, sorted(entry), "config, and rows and seeds if not all and 0")
+        unknown = set(entry) - {"config", "rows", "seeds", "best"}
+        check(not unknown and "config" in entry, where, sorted(entry), "config, and rows, seeds, best if not the usual")
         file = path.parent / entry["config"]
         rows = read_rows(file)
+        table = next(iter(rows.values())).table
+        methods = list(dict.fromkeys(row.partition("@")[0] for row in rows))
         for seed in entry.get("seeds", [0]):
-            for row in entry.get("rows", rows):
-                check(row in rows, f"{where}.rows", row, "one of " + ", ".join(rows))
-                jobs.setdefault((entry["config"], row, seed), Job(file, row, seed, rows[row]))
+            for name in entry.get("rows", methods):
+                group = tuple(row for row in rows if name in (row, row.partition("@")[0]))
+                check(bool(group), f"{where}.rows", name, "one of " + ", ".join(rows))
+                for chosen in [group] if entry.get("best") else [(row,) for row in group]:
+                    jobs.setdefault((entry["config"], chosen, seed), Job(file, table, chosen, seed))
     return list(jobs.values())
 
 
+class Worker:
+    """A process that runs one job after another, so that Python, torch and the GPU's context start once.
+
+    Args:
+        threads: of torch on the CPU.
+    """
+
+    def __init__(self, threads: int) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "experiments.gpu_batch", "--worker"]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, request: dict[str, Any]) -> str:
+        """Runs a job to its end and returns what came of it; a dead worker says so."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            reply = self.process.stdout.readline()
+        except OSError:
+            reply = ""
+        return str(json.loads(reply)) if reply else f"the process died, exit {self.process.wait()}"
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def work() -> None:
+    """What a :class:`Worker`'s process does: jobs from its input, a line of output for each."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        with open(request["log"], "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            print(json.dumps(_run_one(request)), file=replies, flush=True)
+
+
+def _run_one(request: dict[str, Any]) -> str:
+    try:
+        config = read_rows(request["file"])[request["row"]]
+        places = {name: Path(request[name]) for name in ("results", "work")}
+        run = Run(config, request["seed"], data_dir=request["data_dir"], device=request["device"], **places)
+        result = run.train(request["max_seconds"])
+        return str(result["error"] or result["best"])
+    except OutOfTime as error:
+        return f"out of time: {error}"
+    except Exception as error:  # whatever it is: the other jobs go on
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 class Batch:
-    """Runs jobs as processes of their own.
+    """Runs jobs, several at once.
 
     Args:
         results, work, logs: folders for results, checkpoints and output.
@@ -81,91 +180,110 @@ class Batch:
         seconds: after which no job goes on; jobs that then run save a checkpoint and stop.
         jobs: processes at once.
         device: "auto" or a device of torch.
+        bundle_to: a .tar.gz of all results, renewed after every job.
     """
 
     def __init__(
-        self, *, results: Path, work: Path, logs: Path, data_dir: str | None, seconds: float, jobs: int, device: str
+        self,
+        *,
+        results: Path,
+        work: Path,
+        logs: Path,
+        data_dir: str | None,
+        seconds: float,
+        jobs: int,
+        device: str,
+        bundle_to: Path | None = None,
     ) -> None:
         self.results, self.work, self.logs = (folder.absolute() for folder in (results, work, logs))
-        self.data_dir, self.jobs, self.device = data_dir, jobs, device
+        self.data_dir, self.jobs, self.device, self.bundle_to = data_dir, jobs, device, bundle_to
         self.end = time.monotonic() + seconds
         self.durations: dict[str, list[float]] = {}  # of finished jobs, by table
         self.failed: list[Job] = []
+        self.waiting: list[Job] = []
+        self.running = self.done = 0
+        self.lock = threading.Lock()
 
     def run(self, queue: Sequence[Job]) -> tuple[int, int]:
         """Works through the queue; returns how many jobs finished and how many are left."""
-        waiting = [job for job in queue if not self._result(job).exists()]
-        running: list[Running] = []
-        done = 0
-        while running or waiting:
-            for one in [r for r in running if r.process.poll() is not None]:
-                running.remove(one)
-                done += self._ended(one)
-            job = next((job for job in waiting if self._fits(job)), None)
-            if job is not None and len(running) < self.jobs:
-                waiting.remove(job)
-                running.append(self._start(job))
-            elif running:
-                time.sleep(0.2)
-            else:
-                break
-        return done, sum(not self._result(job).exists() for job in queue)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.waiting = [job for job in queue if not self._is_done(job)]
+        threads = [threading.Thread(target=self._work) for _ in range(min(self.jobs, max(1, len(self.waiting))))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self.done, sum(not self._is_done(job) for job in queue)
 
-    def _result(self, job: Job) -> Path:
-        return result_path(self.results, job.config, job.seed)
+    def _is_done(self, job: Job) -> bool:
+        path = job.result(self.results)
+        return path is not None and path.exists()
+
+    def _work(self) -> None:
+        """One of the threads: takes jobs and has its worker run them."""
+        worker: Worker | None = None
+        while True:
+            with self.lock:
+                job = next((job for job in self.waiting if self._fits(job)), None)
+                if job is None and not self.running:
+                    break
+                if job is not None:
+                    self.waiting.remove(job)
+                    self.running += 1
+            if job is None:
+                time.sleep(0.2)  # a job that runs may be what another waits for
+                continue
+            if worker is None or not worker.alive:
+                worker = Worker(max(1, (os.cpu_count() or 1) // self.jobs))
+            start = time.monotonic()
+            said = worker.run(self._request(job))
+            with self.lock:
+                self.running -= 1
+                self._ended(job, time.monotonic() - start, said)
+        if worker is not None:
+            worker.close()
 
     def _fits(self, job: Job) -> bool:
-        """Whether time is left for it, as far as finished jobs of its table tell."""
-        known = self.durations.get(job.config.table)
+        """Whether it can run and time is left for it, as far as finished jobs of its table tell."""
+        known = self.durations.get(job.table)
         left = self.end - time.monotonic()
-        return left > (statistics.median(known) if known else 30.0)
+        enough = left > (1.1 * statistics.median(known) if known else 30.0)
+        return enough and job.row(self.results) is not None and not self._is_done(job)
 
-    def _start(self, job: Job) -> Running:
-        self.logs.mkdir(parents=True, exist_ok=True)
-        left = max(10.0, self.end - time.monotonic() - 15.0)  # to load before, and to save after
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.run",
-            str(job.file.absolute()),
-            "--row",
-            job.row,
-            "--seed",
-            str(job.seed),
-        ]
-        command += ["--results", str(self.results), "--work", str(self.work), "--device", self.device]
-        command += ["--max-seconds", str(left), *(["--data-dir", self.data_dir] if self.data_dir else [])]
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with open(self._log(job), "wb") as log:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        return Running(job, process, time.monotonic())
+    def _request(self, job: Job) -> dict[str, Any]:
+        left = max(10.0, self.end - time.monotonic() - 5.0)  # a checkpoint takes time too
+        return {
+            "file": str(job.file.absolute()),
+            "row": job.row(self.results),
+            "seed": job.seed,
+            "data_dir": self.data_dir,
+            "device": self.device,
+            "results": str(self.results),
+            "work": str(self.work),
+            "log": str(self.logs / f"{str(job).replace('/', '-')}.log"),
+            "max_seconds": left,
+        }
 
-    def _log(self, job: Job) -> Path:
-        return self.logs / f"{job.config.table}-{job.row}-{job.seed}.log"
-
-    def _ended(self, one: Running) -> int:
-        seconds, job = time.monotonic() - one.started, one.job
-        lines = self._log(job).read_text(errors="replace").strip().splitlines()
-        good = self._result(job).exists()
+    def _ended(self, job: Job, seconds: float, said: str) -> None:
+        good = self._is_done(job)
         if good:
-            self.durations.setdefault(job.config.table, []).append(seconds)
+            self.durations.setdefault(job.table, []).append(seconds)
+            self.done += 1
         else:
             self.failed.append(job)
-        state = "done" if good else f"exit {one.process.returncode}"
-        print(
-            f"{seconds:6.0f} s  {state}  {job.config.table}/{job.row}/{job.seed}  {lines[-1] if lines else ''}",
-            flush=True,
-        )
-        return int(good)
+        print(f"{seconds:6.1f} s  {'done' if good else 'not done'}  {job}  {said[:300]}", flush=True)
+        if self.bundle_to is not None:
+            bundle(self.results, self.bundle_to)
 
 
 def bundle(results: Path, path: Path) -> int:
     """All results below ``results`` as one .tar.gz; returns how many."""
     files = sorted(results.rglob("seed-*.json"))
-    with tarfile.open(path, "w:gz") as tar:
+    temporary = path.with_name(path.name + ".tmp")
+    with tarfile.open(temporary, "w:gz") as tar:
         for file in files:
             tar.add(file, arcname=file.relative_to(results).as_posix())
+    os.replace(temporary, path)
     return len(files)
 
 
@@ -200,10 +318,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"))
     parser.add_argument("--work", type=Path, default=Path("runs"))
-    parser.add_argument("--bundle", type=Path, help="a .tar.gz for all results, written at the end")
+    parser.add_argument("--bundle", type=Path, help="a .tar.gz for all results, renewed after every run")
+    parser.add_argument("--worker", action="store_true", help="for internal use: runs jobs from standard input")
     parser.add_argument("--unbundle", type=Path, help="puts the results of a bundle in place and does nothing else")
     parser.add_argument("--list", action="store_true", help="shows what is left to do and does nothing else")
     given = parser.parse_args(arguments)
+    if given.worker:
+        work()
+        return
     try:
         if given.unbundle:
             print(f"{unbundle(given.unbundle, given.results)} results in {given.results}")
@@ -213,8 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
     if given.list:
         for job in queue:
-            if not result_path(given.results, job.config, job.seed).exists():
-                print(f"{job.config.table}/{job.row}/{job.seed}")
+            path = job.result(given.results)
+            if path is None or not path.exists():
+                print(job)
         return
     batch = Batch(
         results=given.results,
@@ -224,11 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds=given.seconds,
         jobs=given.jobs,
         device=given.device,
+        bundle_to=given.bundle,
     )
     done, left = batch.run(queue)
     print(f"{done} runs done, {left} left, {len(batch.failed)} stopped or failed")
-    if given.bundle:
-        print(f"{bundle(given.results, given.bundle)} results in {given.bundle}")
 
 
 if __name__ == "__main__":

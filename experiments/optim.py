@@ -22,7 +22,21 @@ def make_adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple
             (free if keep else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     fused = all(p.device.type == "cuda" for p in model.parameters())
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=fused)
+    groups = [g for g in groups if g["params"]]
+    if not fused:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8)
+    # A tensor on the device, which a recorded step (experiments.step) reads anew each time.
+    rate = torch.tensor(lr, device=next(model.parameters()).device)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=True, capturable=True)
+
+
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups, in place where it is a tensor."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def lr_factor(fraction: float, warmup: float, floor: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "race_attention": getattr(race_attention, "__version__", "unknown"),
         "commit": _commit(),
+        "source_sha256": source_digest(),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -46,13 +48,25 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def source_digest() -> str:
+    """SHA-256 over the library's Python files and their names: which code ran, also where there is no git."""
+    import race_attention
+
+    root = Path(race_attention.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _commit() -> str | None:
+    """The commit of the checkout; where there is no git, the one that RACE_COMMIT names, if any."""
     try:
         root = Path(__file__).resolve().parent
         run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return run.stdout.strip() or None
+        return os.environ.get("RACE_COMMIT")
+    return run.stdout.strip() or os.environ.get("RACE_COMMIT")
 
 
 class Metrics:

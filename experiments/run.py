@@ -24,10 +24,12 @@ from torch import Tensor
 
 from experiments import checkpoint
 from experiments import config as configuration
+from experiments.baselines.race import RaceMixer
 from experiments.config import ConfigError, check
 from experiments.models.blocks import ModelConfig, count_parameters
-from experiments.optim import lr_factor, make_adamw
+from experiments.optim import lr_factor, make_adamw, set_lr
 from experiments.report import Bar, machine
+from experiments.step import TrainStep
 from experiments.tasks import make_task
 from experiments.train import pick_device
 
@@ -47,6 +49,7 @@ class RunConfig:
         lr, lr_floor, warmup, weight_decay, beta1, beta2, clip, precision: as in
             :class:`experiments.train.TrainConfig`.
         checkpoint_every: seconds between checkpoints; 0 for none but where the run is stopped.
+        graph: records the training step as a CUDA graph on a GPU (:mod:`experiments.step`).
     """
 
     table: str
@@ -68,6 +71,7 @@ class RunConfig:
     clip: float = 1.0
     precision: str = "float32"
     checkpoint_every: float = 120.0
+    graph: bool = True
 
     def __post_init__(self) -> None:
         for name in ("table", "row"):
@@ -89,6 +93,9 @@ class RunConfig:
 def read_rows(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
     """All rows of a configuration file, by name.
 
+    Where the file or a row says ``search = { lr = [1e-3, 2e-3] }`` there is a row for each value, ``NAME@lr=0.001``:
+    the same search for every method, whose outcome :mod:`experiments.tables` shows.
+
     Raises:
         ConfigError: naming the key and the row.
     """
@@ -100,10 +107,23 @@ def read_rows(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, RunC
     for name, own in rows.items():
         data = configuration.override(merge(merge(shared, {"row": name}), own), overrides)
         try:
-            found[name] = configuration.build(RunConfig, data)
+            for values in _searched(data.pop("search", {})):
+                settings = ",".join(f"{key}={value:g}" for key, value in values.items())
+                row = f"{name}@{settings}" if settings else name
+                found[row] = configuration.build(RunConfig, data | values | {"row": row})
         except ConfigError as error:
             raise ConfigError(f"{path}, row {name}: {error}") from error
     return found
+
+
+def _searched(search: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Every combination of the values to search."""
+    combinations: list[dict[str, float]] = [{}]
+    for key, values in search.items():
+        numbers = isinstance(values, list) and bool(values) and all(isinstance(v, (int, float)) for v in values)
+        check(numbers, f"search.{key}", values, "a list of numbers")
+        combinations = [before | {key: value} for before in combinations for value in values]
+    return combinations
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +167,8 @@ class Run:
     ) -> None:
         self.config, self.seed, self.quiet = config, seed, quiet
         self.device = pick_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.result_path = result_path(results, config, seed)
         self.checkpoint_path = work / config.table / config.row / f"seed-{seed}.safetensors"
         self.task = make_task(config.task, config.task_options, data_dir=data_dir, device=self.device, seed=seed)
@@ -154,6 +176,9 @@ class Run:
         self.model = self.task.make_model(config.model, seed).to(self.device)
         self.optimiser = make_adamw(
             self.model, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
+        )
+        self.train_step = TrainStep(
+            self.task, self.model, self.optimiser, config.clip, config.precision, graph=config.graph
         )
         self.epoch = self.task.steps_per_epoch(config.batch)
         self.steps = config.steps or max(1, round(self.epoch * (config.epochs or 1)))
@@ -199,29 +224,17 @@ class Run:
                         saved = time.monotonic()
         return self._finish(None)
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
     def _step(self) -> Tensor:
         config = self.config
-        factor = lr_factor((self.step + 1) / self.steps, config.warmup, config.lr_floor)
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.lr * factor
+        set_lr(self.optimiser, config.lr * lr_factor((self.step + 1) / self.steps, config.warmup, config.lr_floor))
         self.model.train()
-        batch = self.task.batch(self.step, config.batch)
-        with self._autocast():
-            loss = self.task.loss(self.model, batch)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimiser.step()
+        loss = self.train_step(self.task.batch(self.step, config.batch))
         self.step += 1
-        return loss.detach()
+        return loss
 
     def _evaluate(self, loss: float) -> float:
         """Adds a point to the curve; returns the time, as evaluation does not count as training."""
-        with self._autocast():
+        with self.train_step.autocast():
             scores = self.task.evaluate(self.model, self.config.eval_batch)
         self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "train_loss": loss} | scores)
         return time.monotonic()
@@ -241,6 +254,13 @@ class Run:
         progress["config"] = dataclasses.asdict(self.config)
         checkpoint.save(self.checkpoint_path, self.model, self.optimiser, progress)
 
+    def backend(self) -> str | None:
+        """The library's backend that the model's layers run on; None for a model without any."""
+        layer = next((m for m in self.model.modules() if isinstance(m, RaceMixer)), None)
+        if layer is None:
+            return None
+        return layer.backend(torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32)
+
     def _finish(self, error: str | None) -> dict[str, Any]:
         better = max if self.task.higher_is_better else min
         best = better(self.curve, key=lambda point: point["valid"]) if self.curve else None
@@ -248,6 +268,8 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "seed": self.seed,
             "machine": machine() | {"device": str(self.device)},
+            "backend": self.backend(),
+            "graph": self.train_step.graph_state,
             "parameters": count_parameters(self.model),
             "metric": self.task.metric,
             "higher_is_better": self.task.higher_is_better,

@@ -26,7 +26,7 @@ from experiments import config as configuration
 from experiments.config import ConfigError, check
 from experiments.data import Text, WindowSampler, evaluation_windows, load_text
 from experiments.models import DecoderLM, ModelConfig
-from experiments.optim import lr_factor, make_adamw
+from experiments.optim import lr_factor, make_adamw, set_lr
 from experiments.report import Bar, Metrics, machine
 from experiments.streamed import streamed_gradient, streamed_loss
 
@@ -175,8 +175,7 @@ class Trainer:
         config = self.config
         ahead = 1 / config.steps if config.steps else 1e-2  # so that the first step has a rate above 0
         lr = config.lr * lr_factor(min(1.0, self.fraction + ahead), config.warmup, config.lr_floor)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimiser, lr)
         self.model.train()
         if self.sampler.context != (length := self.window_length()):
             self.sampler = WindowSampler(self.data, length, config.seed)

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.config import ConfigError
 from experiments.gpu_batch import CONFIGS, Batch, bundle, main, read_queue, unbundle
+from experiments.run import read_rows
 
 CONFIG = """
 task = "mqar"
@@ -47,7 +48,7 @@ def batch_of(tmp_path, seconds, jobs=2):
 
 def test_queue_keeps_its_order_and_names_what_is_wrong(queue):
     jobs = read_queue(queue)
-    assert [(job.row, job.seed) for job in jobs] == [("softmax", 0), ("linear", 0), ("linear", 1), ("softmax", 1)]
+    assert [str(job) for job in jobs] == ["t/softmax/0", "t/linear/0", "t/linear/1", "t/softmax/1"]
     for content, message in (
         ("", "runs: got None"),
         ('[[runs]]\nconfig = "t.toml"\nrow = "linear"\n', r"runs\[1\]: got"),
@@ -85,3 +86,21 @@ def test_bundle_brings_results_back(tmp_path):
         tar.add(tmp_path / "one/t/a/seed-0.json", arcname="../t/seed-0.json")
     with pytest.raises(ConfigError, match="bundle: got"):
         unbundle(tmp_path / "bad.tar.gz", tmp_path / "two")
+
+
+def test_searches_come_before_their_finalists(tmp_path):
+    (tmp_path / "t.toml").write_text("search = { lr = [1e-3, 1e-2] }\n" + CONFIG)
+    entry = '[[runs]]\nconfig = "t.toml"\nrows = ["linear"]\n'
+    (tmp_path / "queue.toml").write_text(entry + "best = true\nseeds = [1]\n" + entry)
+    assert [row.lr for row in read_rows(tmp_path / "t.toml").values()] == [1e-3, 1e-2] * 2
+    jobs = read_queue(tmp_path / "queue.toml")
+    assert [str(job) for job in jobs] == ["t/linear@best/1", "t/linear@lr=0.001/0", "t/linear@lr=0.01/0"]
+    assert jobs[0].row(tmp_path / "res") is None
+    assert batch_of(tmp_path, 600, jobs=1).run(jobs) == (3, 0)
+    found = {path: json.loads(path.read_text()) for path in (tmp_path / "res/t").glob("*/seed-*.json")}
+    assert len(found) == 3
+    (seed_1,) = [result for result in found.values() if result["seed"] == 1]
+    others = [result for result in found.values() if result["seed"] == 0]
+    assert seed_1["config"]["row"] == max(others, key=lambda result: result["best"]["valid"])["config"]["row"]
+    assert seed_1["graph"] == "off"
+    assert seed_1["backend"] is None

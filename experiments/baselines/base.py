@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from race_attention.convolution import convolve
 
 
 class ProjectedMixer(nn.Module):
@@ -19,6 +22,10 @@ class ProjectedMixer(nn.Module):
         seed: of random features.
         bias: of the four projections.
         rope: base of rotary positions on queries and keys, or None.
+        conv_size: taps of a causal depthwise convolution on queries, keys and values; 0 for none.
+        norm_gate: RMS norm of each head's output times silu of a linear function of the token.
+
+    The last two are what RACE's layer offers, so that methods are compared with the same surroundings.
     """
 
     recurrent = False
@@ -33,6 +40,8 @@ class ProjectedMixer(nn.Module):
         seed: int = 0,
         bias: bool = False,
         rope: float | None = None,
+        conv_size: int = 0,
+        norm_gate: bool = False,
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
@@ -41,10 +50,21 @@ class ProjectedMixer(nn.Module):
         self.causal, self.max_length, self.seed, self.rope = causal, max_length, seed, rope
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
+        if conv_size and not causal:
+            raise ValueError(f"conv_size: got {conv_size} with causal=False, allowed is 0 there")
+        bound = max(conv_size, 1) ** -0.5  # as nn.Conv1d
+        weight = torch.empty(3 * dim, conv_size).uniform_(-bound, bound)
+        self.conv_weight = nn.Parameter(weight) if conv_size else None
+        self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if norm_gate else None
+        self.gate = nn.Linear(dim, dim, bias=False) if norm_gate else None
 
     def project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, T, H, D] of x [B, T, E], the first token at position ``offset``."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        channels = self.qkv(x)
+        if self.conv_weight is not None:
+            before = self.conv_weight.shape[1] - 1
+            channels = convolve(F.pad(channels, (0, 0, before, 0)), self.conv_weight.to(channels.dtype))
+        query, key, value = channels.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         if self.rope is not None:
             query, key = rotate(query, self.rope, offset), rotate(key, self.rope, offset)
         return query, key, value
@@ -61,7 +81,14 @@ class ProjectedMixer(nn.Module):
             raise ValueError(f"state: {type(self).__name__} keeps none, allowed is a mixer with recurrent = True")
         query, key, value = self.project(x)
         mask = None if key_padding_mask is None else ~key_padding_mask
-        return self.out(self.attend(query, key, value, mask).flatten(-2))
+        return self.out(self.gated(self.attend(query, key, value, mask), x).flatten(-2))
+
+    def gated(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """Heads' outputs [B, T, H, D] after norm and gate by x [B, T, E], where the mixer has them."""
+        if self.head_norm is None or self.gate is None:
+            return mixed
+        gate = F.silu(self.gate(x)).unflatten(-1, (self.heads, self.head_dim))
+        return F.rms_norm(mixed, (self.head_dim,), self.head_norm.weight.to(mixed.dtype), self.head_norm.eps) * gate
 
 
 def rotate(x: Tensor, base: float, offset: int = 0) -> Tensor:

@@ -15,7 +15,14 @@ CHUNK = 128
 
 
 def kernel_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, key_mask: Tensor | None = None, eps: float = 1e-6
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    key_mask: Tensor | None = None,
+    eps: float = 1e-6,
+    log_decay: Tensor | None = None,
 ) -> Tensor:
     """Normalised linear attention of features.
 
@@ -25,6 +32,7 @@ def kernel_attention(
         causal: sums over j <= i.
         key_mask: [B, T] bool, True where a key takes part.
         eps: added to the denominator.
+        log_decay: [B, T, H], at most 0; the sums are multiplied by exp(log_decay_t) before token t. Causal only.
 
     Returns:
         [B, T, H, D] in value's dtype; sums are float32 (float64 for float64 features).
@@ -35,7 +43,10 @@ def kernel_attention(
     with torch.autocast(query.device.type, enabled=False):
         query, key, values = query.to(dtype), key.to(dtype), value.to(dtype)
         values = F.pad(values, (0, 1), value=1.0)  # the last column counts: the denominator
-        sums = _causal(query, key, values) if causal else _all(query, key, values)
+        if log_decay is not None:
+            sums = _fading(query, key, values, log_decay.to(dtype))
+        else:
+            sums = _causal(query, key, values) if causal else _all(query, key, values)
         return (sums[..., :-1] / (sums[..., -1:] + eps)).to(value.dtype)
 
 
@@ -61,3 +72,27 @@ def _causal(query: Tensor, key: Tensor, values: Tensor) -> Tensor:
 def _exclusive(states: Tensor) -> Tensor:
     """Sums of the chunks before each, without subtracting: that would cancel."""
     return F.pad(states.cumsum(dim=1)[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+
+
+def _fading(query: Tensor, key: Tensor, values: Tensor, log_decay: Tensor) -> Tensor:
+    """As :func:`_causal`; token j counts at token i with weight exp of the decays after j up to i."""
+    length = query.shape[1]
+    chunks = -(-length // CHUNK)
+    if chunks == 0:
+        return values.new_zeros(values.shape)
+    pad = chunks * CHUNK - length
+    query, key, values = (F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (chunks, CHUNK)) for x in (query, key, values))
+    run = F.pad(log_decay, (0, 0, 0, pad)).unflatten(1, (chunks, CHUNK)).cumsum(dim=2)  # [B, N, C, H]
+    total = run[:, :, -1:]
+    states = torch.einsum("bnthr,bnthd->bnhrd", key * (total - run).exp().unsqueeze(-1), values)
+    before = [torch.zeros_like(states[:, 0])]
+    for n in range(chunks - 1):
+        before.append(total[:, n, 0, :, None, None].exp() * before[-1] + states[:, n])
+    between = run.movedim(-1, 2)  # [B, N, H, C]
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=query.device).triu(1)
+    weight = (between.unsqueeze(-1) - between.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+    scores = torch.einsum("bnthr,bnshr->bnhts", query, key) * weight
+    out = torch.einsum("bnhts,bnshd->bnthd", scores, values)
+    faded = query * run.exp().unsqueeze(-1)
+    out = out + torch.einsum("bnthr,bnhrd->bnthd", faded, torch.stack(before, dim=1))
+    return out.flatten(1, 2)[:, :length]

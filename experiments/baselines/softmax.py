@@ -42,6 +42,8 @@ class SoftmaxMixer(ProjectedMixer):
             return super().forward(x, key_padding_mask=key_padding_mask)
         if not self.causal or key_padding_mask is not None:
             raise ValueError("state: softmax keeps one only where it is causal and without padding")
+        if self.conv_weight is not None:
+            raise ValueError("state: softmax keeps none with conv_size")
         before = 0 if state is None else state[0].shape[1]
         query, key, value = self.project(x, offset=before)
         if state is not None:
@@ -50,5 +52,5 @@ class SoftmaxMixer(ProjectedMixer):
         seen = torch.ones(length - before, length, dtype=torch.bool, device=x.device).tril(before)
         query, key_hf, value_hf = (y.transpose(1, 2) for y in (query, key, value))  # [B, H, T, D]
         out = F.scaled_dot_product_attention(query, key_hf, value_hf, attn_mask=seen).transpose(1, 2)
-        result = self.out(out.flatten(-2))
+        result = self.out(self.gated(out, x).flatten(-2))
         return (result, (key, value)) if return_state else result

@@ -38,6 +38,7 @@ class Text:
         train, valid: uint8 tensors, one dimension.
         source: where it was read from.
         sha256: of train followed by valid, so that results name their data.
+        test: uint8 tensor of bytes that nothing is chosen by, where the data has such a part.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Text:
     valid: Tensor
     source: str
     sha256: str
+    test: Tensor | None = None
 
 
 def load_text(name: str, data_dir: str | Path | None = None) -> Text:
@@ -106,7 +108,7 @@ def load_stdlib(data_dir: Path | None = None, *, root: Path | None = None) -> Te
 
 
 def load_novels(data_dir: Path | None) -> Text:
-    """Novels split by book: ``novels/train/*.txt`` and ``novels/valid/*.txt``, or ``novels/novels.tar.xz``."""
+    """Novels split by book: ``novels/{train,valid,test}/*.txt`` (no test is needed), or ``novels/novels.tar.xz``."""
     folder = _existing(data_dir, "novels", "put text files in novels/train and novels/valid, one book a file")
     archive = folder / "novels.tar.xz"
     if archive.exists():
@@ -120,7 +122,8 @@ def load_novels(data_dir: Path | None) -> Text:
         if not names:
             raise DataError(f"data 'novels': {folder} holds no {part}/*.txt")
         parts[part] = b"".join(books[name] for name in names)
-    return text_of("novels", parts["train"], parts["valid"], str(folder))
+    test = b"".join(books[name] for name in sorted(books) if "test" in PurePosixPath(name).parts[:-1])
+    return text_of("novels", parts["train"], parts["valid"], str(folder), test)
 
 
 def load_shakespeare(data_dir: Path | None) -> Text:
@@ -154,13 +157,14 @@ def _split_bytes(data: bytes) -> tuple[bytes, bytes]:
     return data[:cut], data[cut:]
 
 
-def text_of(name: str, train: bytes, valid: bytes, source: str) -> Text:
+def text_of(name: str, train: bytes, valid: bytes, source: str, test: bytes = b"") -> Text:
     """A :class:`Text` of bytes to train on and bytes held out."""
     if len(train) < 2 or len(valid) < 2:
         raise ValueError(f"data {name!r}: got {len(train)} bytes to train on and {len(valid)} held out")
     digest = hashlib.sha256(train + valid).hexdigest()
     as_tensor = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, valid)]
-    return Text(name, as_tensor[0], as_tensor[1], source, digest)
+    tested = torch.frombuffer(bytearray(test), dtype=torch.uint8) if test else None
+    return Text(name, as_tensor[0], as_tensor[1], source, digest, tested)
 
 
 class WindowSampler:

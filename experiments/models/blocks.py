@@ -33,6 +33,8 @@ class ModelConfig:
         vocab: tokens; 256 for bytes.
         max_length: of learned positions and of mixers with a length of their own.
         dropout: on the output of mixer and MLP.
+        mixer_init: "own" leaves RACE's layer the weights it gave itself; "shared" gives its projections the start that
+            all other mixers' have, for comparisons.
     """
 
     dim: int = 128
@@ -48,6 +50,7 @@ class ModelConfig:
     vocab: int = 256
     max_length: int = 65536
     dropout: float = 0.0
+    mixer_init: str = "own"
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "vocab", "max_length"):
@@ -59,6 +62,7 @@ class ModelConfig:
         check(self.norm in ("rms", "layer"), "norm", self.norm, "'rms' or 'layer'")
         check(self.positions in ("none", "learned"), "positions", self.positions, "'none' or 'learned'")
         check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        check(self.mixer_init in ("own", "shared"), "mixer_init", self.mixer_init, "'own' or 'shared'")
 
 
 class SwiGLU(nn.Module):
@@ -127,17 +131,19 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
 
-def init_weights(model: nn.Module, layers: int) -> None:
+def init_weights(model: nn.Module, layers: int, mixer_init: str = "own") -> None:
     """Normal(0, 1/sqrt(fan-in)) linears, those that add to the residual stream scaled by 1/sqrt(2 layers).
 
-    A mixer with a ``reset_parameters`` of its own (RACE) keeps what that gave.
+    A mixer with a ``reset_parameters`` of its own (RACE) keeps what that gave, or with "shared" only its decay.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=1.0 if module.num_embeddings <= 4096 else 0.5)
-        elif isinstance(module, nn.Linear) and not _owned_by_mixer(name, model):
+        elif isinstance(module, nn.Linear):
+            if _owned_by_mixer(name, model) and (mixer_init == "own" or name.endswith("decay_proj")):
+                continue
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if name.endswith(("mlp.down", "mixer.out")):
+            if name.endswith(("mlp.down", "mixer.out", "mixer.out_proj")):
                 nn.init.normal_(module.weight, std=(module.in_features * 2 * layers) ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

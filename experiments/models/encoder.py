@@ -53,7 +53,7 @@ class MaskedLM(nn.Module):
             self.embedding = nn.Embedding(config.vocab, config.dim)
             self.encoder = Encoder(config, seed)
             self.head = nn.Linear(config.dim, config.vocab, bias=False)
-            init_weights(self, config.layers)
+            init_weights(self, config.layers, config.mixer_init)
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """Tokens [B, T] -> logits [B, T, vocab]."""
@@ -118,7 +118,7 @@ class SequenceClassifier(_Classifier):
             torch.manual_seed(seed)
             super().__init__(config, head, seed)
             self.embedding = nn.Embedding(config.vocab, config.dim)
-            init_weights(self, config.layers)
+            init_weights(self, config.layers, config.mixer_init)
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """Tokens [B, T] integers, padding [B, T] bool -> logits [B, K]."""
@@ -133,7 +133,7 @@ class VisionTransformer(_Classifier):
             torch.manual_seed(seed)
             super().__init__(config, head, seed)
             self.embedding = nn.Linear(head.channels * head.patch**2, config.dim)
-            init_weights(self, config.layers)
+            init_weights(self, config.layers, config.mixer_init)
 
     def forward(self, images: Tensor, padding: Tensor | None = None) -> Tensor:
         """Images [B, channels, height, width], real numbers -> logits [B, K]."""

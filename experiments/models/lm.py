@@ -43,7 +43,7 @@ class DecoderLM(nn.Module):
             self.norm = make_norm(config)
             tied = config.tie_embeddings
             self.head = None if tied else nn.Linear(config.dim, config.vocab, bias=False)
-            init_weights(self, config.layers)
+            init_weights(self, config.layers, config.mixer_init)
             if tied:  # unit logits at the start
                 nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
             if self.positions is not None:

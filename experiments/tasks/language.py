@@ -27,7 +27,8 @@ class LanguageOptions:
     Attributes:
         data: "novels", "stdlib", "shakespeare", "file:PATH", or from the hub "wikitext-103", "ptb", "tinystories".
         context: bytes a window.
-        valid_bytes: held-out bytes that are scored, in windows spread evenly; the first of a window count too.
+        valid_bytes: held-out bytes that are scored, in windows spread evenly; the first of a window count too. As
+            many of the part that nothing is chosen by ("test"), where the data has one.
     """
 
     data: str = "novels"
@@ -51,8 +52,11 @@ class _Windows(Task):
         self.text = _text(options.data, data_dir)
         self.sampler = WindowSampler(self.text.train.to(device), options.context, seed)
         count = max(1, options.valid_bytes // options.context)
-        pairs = list(evaluation_windows(self.text.valid.to(device), options.context, count))
-        self.valid = (torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs]))
+        self.held_out = {}
+        for part, text in (("valid", self.text.valid), ("test", self.text.test)):
+            if text is not None:
+                pairs = list(evaluation_windows(text.to(device), options.context, count))
+                self.held_out[part] = (torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs]))
 
     def steps_per_epoch(self, batch: int) -> int:
         return max(1, self.sampler.windows // batch)
@@ -60,16 +64,20 @@ class _Windows(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, size: int) -> dict[str, float]:
         with evaluating(model):
-            nats: Tensor | float = 0.0
-            count: Tensor | float = 0.0
-            for batch in self.valid_batches(size):
-                logits = predict(model, batch).flatten(0, 1).float()
-                losses = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
-                nats = nats + losses.double()
-                count = count + (batch.targets != IGNORED).sum().double()
-            return {"valid": float(nats) / float(count) / math.log(2)}
+            return {part: self._bits(model, part, size) for part in self.held_out}
 
-    def valid_batches(self, size: int) -> Iterator[Batch]:
+    def _bits(self, model: nn.Module, part: str, size: int) -> float:
+        nats: Tensor | float = 0.0
+        count: Tensor | float = 0.0
+        for batch in self.batches(part, size):
+            logits = predict(model, batch).flatten(0, 1).float()
+            losses = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            nats = nats + losses.double()
+            count = count + (batch.targets != IGNORED).sum().double()
+        return float(nats) / float(count) / math.log(2)
+
+    def batches(self, part: str, size: int) -> Iterator[Batch]:
+        """All of a held-out part, in order."""
         raise NotImplementedError
 
 
@@ -82,8 +90,9 @@ class LanguageModel(_Windows):
     def batch(self, step: int, size: int) -> Batch:
         return Batch(*self.sampler.batch(step * size, size))
 
-    def valid_batches(self, size: int) -> Iterator[Batch]:
-        for x, y in zip(self.valid[0].split(size), self.valid[1].split(size), strict=True):
+    def batches(self, part: str, size: int) -> Iterator[Batch]:
+        inputs, targets = self.held_out[part]
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
             yield Batch(x, y)
 
 
@@ -117,8 +126,8 @@ class MaskedLanguageModel(_Windows):
         tokens, _ = self.sampler.batch(step * size, size)
         return self._masked(tokens, self.seed * 1_000_003 + step)
 
-    def valid_batches(self, size: int) -> Iterator[Batch]:
-        for i, tokens in enumerate(self.valid[0].split(size)):
+    def batches(self, part: str, size: int) -> Iterator[Batch]:
+        for i, tokens in enumerate(self.held_out[part][0].split(size)):
             yield self._masked(tokens, -1 - i)
 
     def _masked(self, tokens: Tensor, seed: int) -> Batch:

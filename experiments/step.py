@@ -1,0 +1,102 @@
+"""One training step, on a GPU as a CUDA graph.
+
+A step of a small model is hundreds of short kernels, and launching them one by one takes longer than running them. A
+graph launches them all at once. The first steps run as they are, which compiles kernels and fills the optimiser's
+state; then one is recorded; all later ones are replayed with new data in the recorded inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from experiments.tasks import Batch, Task
+
+#: Steps that run as they are before one is recorded.
+EAGER_STEPS = 4
+
+
+class TrainStep:
+    """Forward, backward, clipping, update.
+
+    Args:
+        task: gives the loss.
+        model: in training mode wherever this is called.
+        optimiser: on a GPU with ``capturable`` and a tensor as learning rate.
+        clip: norm of the gradient at most.
+        precision: "bfloat16" for autocast, or "float32".
+        graph: records a CUDA graph; only on a GPU, for batches of one shape.
+
+    Attributes:
+        graph_state: "off", "recorded", or why recording failed, for the result.
+    """
+
+    def __init__(
+        self, task: Task, model: nn.Module, optimiser: torch.optim.Optimizer, clip: float, precision: str, graph: bool
+    ) -> None:
+        self.task, self.model, self.optimiser, self.clip = task, model, optimiser, clip
+        self.device = next(model.parameters()).device
+        self.bfloat16 = precision == "bfloat16"
+        self.wanted = graph and self.device.type == "cuda"
+        self.graph_state = "off"
+        self._done = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch | None = None
+        self._loss: Tensor | None = None
+
+    def autocast(self) -> torch.autocast:
+        """What forward passes run under."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """One step; returns the loss."""
+        if self.wanted and self._done == EAGER_STEPS:
+            self._record(batch)
+        self._done += 1
+        if self._graph is not None:
+            return self._replay(batch)
+        if not self.wanted:
+            return self._run(batch)
+        side = torch.cuda.Stream()  # recording wants what came before on a stream of its own
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            loss = self._run(batch)
+        torch.cuda.current_stream().wait_stream(side)
+        return loss
+
+    def _run(self, batch: Batch) -> Tensor:
+        with self.autocast():
+            loss = self.task.loss(self.model, batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimiser.step()
+        return loss.detach()
+
+    def _record(self, batch: Batch) -> None:
+        """Records a step without running it; where that fails, steps go on as before and the result says why."""
+        padding = None if batch.padding is None else batch.padding.clone()
+        static = Batch(batch.inputs.clone(), batch.targets.clone(), padding)
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                loss = self._run(static)
+        except RuntimeError as error:
+            self.wanted = False
+            self.graph_state = f"failed: {error}"[:300]
+            print(f"steps are not recorded as a CUDA graph: {error}", flush=True)
+            return
+        self._graph, self._batch, self._loss, self.graph_state = graph, static, loss, "recorded"
+
+    def _replay(self, batch: Batch) -> Tensor:
+        assert self._graph is not None
+        assert self._batch is not None
+        assert self._loss is not None
+        self._batch.inputs.copy_(batch.inputs)
+        self._batch.targets.copy_(batch.targets)
+        if self._batch.padding is not None and batch.padding is not None:
+            self._batch.padding.copy_(batch.padding)
+        self._graph.replay()
+        return self._loss.clone()
