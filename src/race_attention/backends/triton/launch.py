@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import plan
+from . import plan, reduce
+from .start import start
+
+#: Elements of the hyperplanes' gradient that one program adds up.
+REDUCED = 32
 
 
 @dataclass
@@ -95,24 +97,11 @@ def _rows_aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
 
 
-@contextlib.contextmanager
-def launching(device: torch.device) -> Iterator[None]:
-    """On the device, and without Hopper's warp-group matrix instructions.
-
-    The ptxas of Triton 3.6 (12.8.93) keeps a predicate in the register that holds such an instruction's descriptor:
-    wrong sums or illegal addresses, in kernels that compute-sanitizer otherwise finds clean, on an H200. The
-    Ampere instructions take no descriptors. Triton reads the variable whenever it compiles.
-    """
-    before = os.environ.get("DISABLE_MMA_V3")
-    os.environ["DISABLE_MMA_V3"] = "1"
-    try:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            yield
-    finally:
-        if before is None:
-            del os.environ["DISABLE_MMA_V3"]
-        else:
-            os.environ["DISABLE_MMA_V3"] = before
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The device made current, where it is not."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def pointer_or(x: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -121,50 +110,43 @@ def pointer_or(x: Tensor | None, stand_in: Tensor) -> Tensor:
 
 
 class ParameterSums:
-    """Parts of the gradients of hyperplanes and beta, one for each program; added in float64, in a fixed order."""
+    """Parts of the gradients of hyperplanes and beta, one for each program of the queries' and of the keys' pass."""
 
     def __init__(self, problem: Problem, need_planes: bool) -> None:
         self.problem, self.need_planes = problem, need_planes
-        self.planes: list[Tensor] = []
-        self.beta: list[Tensor] = []
+        self.of_queries = self.of_keys = (0, problem.beta, problem.beta)
 
     def parts(self, runs: plan.Runs, heads: int) -> tuple[Tensor, Tensor]:
-        """Room for the parts of runs * heads programs."""
+        """Room for the parts of runs * heads programs: the queries' pass first, then the keys'."""
         p, shape = self.problem, self.problem.shape
         size = (runs.count, heads, shape.tiles, shape.rows, shape.dim) if self.need_planes else (0,)
         empty_runs = p.bounds is not None and not shape.narrow  # they write nothing where runs are one block
         make = p.query.new_zeros if empty_runs else p.query.new_empty
-        self.planes.append(make(size, dtype=torch.float32))
-        self.beta.append(p.new(runs.count, heads))
-        return self.planes[-1], self.beta[-1]
+        self.of_queries = self.of_keys
+        self.of_keys = (runs.count, make(size, dtype=torch.float32), p.new(runs.count, heads))
+        return self.of_keys[1:]
 
     def reduced(self) -> tuple[Tensor, Tensor]:
-        """The gradients of hyperplanes [G, L, P, D] and of beta [G]."""
+        """The gradients of hyperplanes [G, L, P, D] and of beta [G]: added in float64, in a fixed order."""
         p, shape = self.problem, self.problem.shape
-        groups = p.groups
-        beta = p.new(groups, dtype=torch.float64).zero_()
-        for part in self.beta:
-            beta += part.view(part.shape[0], groups, -1).sum((0, 2), dtype=torch.float64)
-        if not self.need_planes:
-            return p.new(0), beta.float()
-        total = p.new(groups, shape.tiles, shape.rows, shape.dim, dtype=torch.float64).zero_()
-        for part in self.planes:
-            by_group = part.view(part.shape[0], groups, part.shape[1] // groups, *total.shape[1:])
-            total += by_group.sum((0, 2), dtype=torch.float64)
-        per_table = 1 << shape.planes
-        if per_table > shape.tile:  # several tiles of one table, which all have its planes
-            total = total.view(groups, shape.tables, per_table // shape.tile, *total.shape[2:]).sum(2)
-            return total[:, :, : shape.planes].float().contiguous(), beta.float()
-        tables = min(shape.tables, shape.tile // per_table)
-        total = total[:, :, : tables * shape.planes].reshape(groups, -1, shape.planes, shape.dim)
-        return total[:, : shape.tables].float().contiguous(), beta.float()
+        size = (p.groups, shape.tables, shape.planes, shape.dim)
+        planes, beta = p.new(*size) if self.need_planes else p.new(0), p.new(p.groups)
+        of_planes = -(-size[1] * size[2] * size[3] // REDUCED) if self.need_planes else 0
+        queries, keys = self.of_queries, self.of_keys
+        start(
+            reduce.parameters_kernel, (p.groups, 1 + of_planes), *queries[1:], *keys[1:], planes, beta,
+            queries[0], keys[0], p.groups, SHARE=p.share, L=shape.tables, P=shape.planes, D=shape.dim, N=shape.rows,
+            SP=shape.tile, NS=shape.tiles, RT=64, E=REDUCED, NEED_PLANES=self.need_planes, num_warps=4,
+        )  # fmt: skip
+        return planes, beta
 
 
 def at_the_end(p: Problem, final: tuple[Any, Any], grad_final: tuple[Any, Any]) -> Tensor:
     """The inner product of the final state with its gradient, [rows, G]: what the last log decay multiplies."""
+    if p.log_decay is None:
+        return p.beta  # not read
     total = p.new(p.rows, p.groups, dtype=torch.float64).zero_()
-    if p.log_decay is not None:
-        for state, grad in zip(final, grad_final, strict=True):
-            if grad is not None:
-                total += (state * grad).flatten(2).sum(2)
+    for state, grad in zip(final, grad_final, strict=True):
+        if grad is not None:
+            total += (state * grad).flatten(2).sum(2)
     return total.float()

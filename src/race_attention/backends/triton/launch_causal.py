@@ -9,6 +9,7 @@ from . import causal, plan
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
 from .launch_states import accumulate, run_totals, scan
 from .ops import kept_states
+from .start import start
 
 State = tuple[Tensor | None, Tensor | None]
 
@@ -26,7 +27,8 @@ def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
     """out of the queries, from the state before their run and the keys of it."""
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
     if runs.count * p.heads:
-        causal.readout_kernel[(runs.count * p.heads,)](
+        start(
+            causal.readout_kernel, (runs.count * p.heads,),
             p.query, p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes,
             p.beta, pointer_or(runs.table, p.beta), before, out,
             *p.query.stride()[:3], *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
@@ -62,7 +64,8 @@ def backward(
     conditions = p.conditions | {"NEED_PLANES": sums.need_planes, "SHARE": p.share}
     if runs.count * p.heads:
         options = p.options("causal_query_gradient", tiles=False)
-        causal.query_gradient_kernel[(runs.count * p.heads,)](
+        start(
+            causal.query_gradient_kernel, (runs.count * p.heads,),
             *inputs, kept, dq, adjoints, per_query, *sums.parts(runs, p.heads), *numbers, **conditions, **options
         )  # fmt: skip
     totals = run_totals(p, runs)
@@ -70,7 +73,8 @@ def backward(
     initial = scan(p, runs, adjoints, totals, after, grad_final, share=p.share, reverse=True)
     if runs.count * p.groups:
         options = p.options("causal_key_gradient", tiles=False)
-        causal.key_gradient_kernel[(runs.count * p.groups,)](
+        start(
+            causal.key_gradient_kernel, (runs.count * p.groups,),
             *inputs, kept, after, per_query, at_the_end(p, final, grad_final), dk, dv, decay,
             *sums.parts(runs, p.groups), *numbers, **conditions, **options,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from . import full, plan
 from .launch import ParameterSums, Problem, pointer_or
 from .launch_states import accumulate, scan
 from .ops import kept_states
+from .start import start
 
 State = tuple[Tensor | None, Tensor | None]
 
@@ -28,7 +29,8 @@ def readout(p: Problem, runs: plan.Runs, seen: Tensor) -> Tensor:
     """out of the queries, from the state of their row."""
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
     if runs.count * p.heads:
-        full.readout_kernel[(runs.count * p.heads,)](
+        start(
+            full.readout_kernel, (runs.count * p.heads,),
             p.query, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), seen, out, *p.query.stride()[:3],
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **p.options("full_readout", tiles=True),
         )  # fmt: skip
@@ -44,7 +46,8 @@ def backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value))
     adjoints = p.new(max(runs.count, 1), p.heads, shape.state_size)
     if runs.count * p.heads:
-        full.query_gradient_kernel[(runs.count * p.heads,)](
+        start(
+            full.query_gradient_kernel, (runs.count * p.heads,),
             p.query, p.grad_out, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), kept, dq, adjoints,
             *sums.parts(runs, p.heads), *p.query.stride()[:3], *p.grad_out.stride()[:3],
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
@@ -53,7 +56,8 @@ def backward(
     after = p.new(max(p.rows, 1), p.groups, shape.state_size)
     initial = scan(p, runs, adjoints, p.beta, after, grad_final, share=p.share, reverse=True)
     if key_runs.count * p.groups:
-        full.key_gradient_kernel[(key_runs.count * p.groups,)](
+        start(
+            full.key_gradient_kernel, (key_runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta,
             pointer_or(key_runs.table, p.beta), after, dk, dv, *sums.parts(key_runs, p.groups),
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,

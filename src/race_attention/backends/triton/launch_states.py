@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import plan, states
 from .launch import Problem, pointer_or
+from .start import start
 
 #: Runs and elements of a state that one program of the scan takes at a time.
 SCAN_RUNS, SCAN_ELEMENTS = 32, 64
@@ -20,7 +21,8 @@ def accumulate(problem: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
     result = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
     if runs.count * p.groups:
-        states.accumulate_kernel[(runs.count * p.groups, p.shape.tiles)](
+        start(
+            states.accumulate_kernel, (runs.count * p.groups, p.shape.tiles),
             p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
             pointer_or(runs.table, p.beta), result, totals,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
@@ -52,7 +54,8 @@ def scan(
     if (given[0] is None) != (given[1] is None):
         given = [torch.zeros_like(made) if x is None else x for x, made in zip(given, (mass, value_sum), strict=True)]
     if p.rows * p.groups:
-        states.scan_kernel[(p.rows * p.groups, -(-shape.state_size // SCAN_ELEMENTS))](
+        start(
+            states.scan_kernel, (p.rows * p.groups, -(-shape.state_size // SCAN_ELEMENTS)),
             parts, before, totals, pointer_or(runs.first, p.beta), pointer_or(given[0], mass),
             pointer_or(given[1], value_sum), mass, value_sum, 1.0 / lift if reverse else lift, p.groups, runs.per_row,
             SHARE=share, S=shape.buckets, V=shape.value_dim, RT=SCAN_RUNS, E=SCAN_ELEMENTS,
@@ -68,7 +71,8 @@ def run_totals(p: Problem, runs: plan.Runs) -> Tensor:
         return p.beta
     totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64)
     if runs.count * p.groups:
-        states.total_decay_kernel[(runs.count * p.groups,)](
+        start(
+            states.total_decay_kernel, (runs.count * p.groups,),
             p.log_decay, pointer_or(runs.table, p.beta), totals, *p.decay_strides, p.keys, runs.length, runs.per_row,
             p.groups, C=128, PACKED=p.bounds is not None, num_warps=4,
         )  # fmt: skip

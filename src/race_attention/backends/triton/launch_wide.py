@@ -9,6 +9,7 @@ from . import plan, wide
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
 from .launch_states import accumulate, run_totals, scan
 from .ops import kept_states
+from .start import start
 
 State = tuple[Tensor | None, Tensor | None]
 
@@ -28,7 +29,8 @@ def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
     """out of the queries, from the state before their run and the keys of it."""
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
     if runs.count * p.heads:
-        wide.readout_kernel[(runs.count * p.heads,)](
+        start(
+            wide.readout_kernel, (runs.count * p.heads,),
             p.query, p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes,
             p.beta, pointer_or(runs.table, p.beta), before, out,
             *p.query.stride()[:3], *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
@@ -64,7 +66,8 @@ def backward(
     conditions = p.conditions | {"NEED_PLANES": sums.need_planes, "SHARE": p.share}
     if runs.count * p.heads:
         options = p.options("causal_query_gradient", tiles=True)
-        wide.query_gradient_kernel[(runs.count * p.heads,)](
+        start(
+            wide.query_gradient_kernel, (runs.count * p.heads,),
             *inputs, kept, dq, adjoints, per_query, *sums.parts(runs, p.heads), *numbers, **conditions, **options
         )  # fmt: skip
     totals = run_totals(p, runs)
@@ -72,7 +75,8 @@ def backward(
     initial = scan(p, runs, adjoints, totals, after, grad_final, share=p.share, reverse=True)
     if runs.count * p.groups:
         options = p.options("causal_key_gradient", tiles=True)
-        wide.key_gradient_kernel[(runs.count * p.groups,)](
+        start(
+            wide.key_gradient_kernel, (runs.count * p.groups,),
             *inputs, kept, after, per_query, at_the_end(p, final, grad_final), dk, dv, decay,
             *sums.parts(runs, p.groups), *numbers, **conditions, **options,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from . import launch_causal, launch_full, launch_wide
-from .launch import ParameterSums, Problem, launching
+from .launch import ParameterSums, Problem, on
 from .ops import shape_of
 
 
@@ -25,7 +25,7 @@ def forward(
     """(out, final mass, final value_sum, states): what the operator ``triton_forward`` returns."""
     shape = shape_of(query, value, hyperplanes)
     p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
-    with launching(query.device):
+    with on(query.device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p).forward(p, (mass, value_sum))
     return result
 
@@ -45,7 +45,7 @@ def backward(
     p = Problem(
         query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape, grad_out
     )  # fmt: skip
-    with launching(query.device):
+    with on(query.device):
         sums = ParameterSums(p, need_planes)
         dq, dk, dv, decay, initial = _launches_of(p).backward(
             p, kept, (grad_mass, grad_value_sum), (final_mass, final_value_sum), sums

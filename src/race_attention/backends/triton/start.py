@@ -1,0 +1,69 @@
+"""Starting a kernel: Triton's own way the first time, straight from the compiled kernel from then on.
+
+Triton looks at each of a kernel's fifty arguments at every launch, 30 to 50 microseconds of host time. What a compiled
+kernel depends on is less: the compile-time arguments, and of each tensor its dtype and whether it begins at a multiple
+of 16 bytes. Numbers are never specialised on here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from torch import Tensor
+
+#: (kernel, device, compile-time arguments, tensors) -> (compiled kernel, compile-time arguments in its order)
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """``kernel[grid](*args, **options)`` on the current device.
+
+    Args:
+        kernel: its integers are all annotated and never specialised.
+        grid: one to three counts of programs.
+        args: tensors (the first one is) and numbers, all that come before the compile-time arguments.
+        options: the compile-time arguments, num_warps and num_stages, always in the same order at one place.
+    """
+    tensors = tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in args if isinstance(x, Tensor)])
+    key = (kernel, args[0].get_device(), tuple(options.items()), tensors)
+    found = _compiled.get(key)
+    if found is None:
+        _start_first(key, kernel, grid, args, options)
+    else:
+        compiled, constants = found
+        compiled[grid + (1,) * (3 - len(grid))](*args, *constants)
+
+
+def _start_first(key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
+    with _without_warp_group_instructions():
+        compiled = kernel[grid](*args, **options)
+    if not isinstance(compiled, triton.compiler.CompiledKernel):
+        return  # Triton's interpreter, or a compilation that goes on elsewhere
+    names = [parameter.name for parameter in kernel.params]
+    for parameter, value in zip(kernel.params, args, strict=False):
+        if isinstance(value, int) and not (parameter.do_not_specialize and parameter.annotation_type):
+            raise TypeError(f"{names[0]}: {parameter.name} is a number that is specialised on, or of no one type")
+    _compiled[key] = compiled, tuple(options[name] for name in names[len(args) :])
+
+
+@contextlib.contextmanager
+def _without_warp_group_instructions() -> Iterator[None]:
+    """Without Hopper's warp-group matrix instructions, while compiling.
+
+    The ptxas of Triton 3.6 (12.8.93) keeps a predicate in the register that holds such an instruction's descriptor:
+    wrong sums or illegal addresses, in kernels that compute-sanitizer otherwise finds clean, on an H200. The
+    Ampere instructions take no descriptors. Triton reads the variable whenever it compiles.
+    """
+    before = os.environ.get("DISABLE_MMA_V3")
+    os.environ["DISABLE_MMA_V3"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MMA_V3"]
+        else:
+            os.environ["DISABLE_MMA_V3"] = before
