@@ -14,6 +14,24 @@ from torch import Tensor
 
 from . import plan
 
+#: Operators of the plain kind: ``torch.library.custom_op`` and ``register_autograd`` take 0.2 ms of host time a step
+#: more, as long as the kernels of a short sequence.
+_library = torch.library.Library("race_attention", "FRAGMENT")
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor hyperplanes, Tensor beta, Tensor? log_decay, Tensor? key_mask, "
+    "Tensor? cu_seqlens, Tensor? cu_seqlens_key"
+)
+_library.define(
+    f"triton_forward({_INPUTS}, Tensor? mass, Tensor? value_sum, bool causal) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"triton_backward(Tensor grad_out, Tensor? grad_mass, Tensor? grad_value_sum, {_INPUTS}, Tensor? final_mass, "
+    "Tensor? final_value_sum, Tensor states, bool causal, bool need_planes) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+triton_forward = torch.ops.race_attention.triton_forward.default
+triton_backward = torch.ops.race_attention.triton_backward.default
+
 
 def precision_of(dtype: torch.dtype) -> str:
     """The precision of dots: "bf16", of operands rounded to bfloat16 but for those that must be exact, or "ieee".
@@ -37,8 +55,7 @@ def shape_of(query: Tensor, value: Tensor, hyperplanes: Tensor) -> plan.Shape:
     )
 
 
-@torch.library.custom_op("race_attention::triton_forward", mutates_args=())
-def triton_forward(
+def _forward_kernels(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -60,7 +77,7 @@ def triton_forward(
     )  # fmt: skip
 
 
-@triton_forward.register_fake
+@torch.library.register_fake("race_attention::triton_forward", lib=_library)
 def _(
     query: Tensor,
     key: Tensor,
@@ -99,8 +116,7 @@ def kept_states(query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, ca
     return query.new_empty(count, groups, shape.state_size, dtype=torch.float32)
 
 
-@torch.library.custom_op("race_attention::triton_backward", mutates_args=())
-def triton_backward(
+def _backward_kernels(
     grad_out: Tensor,
     grad_mass: Tensor | None,
     grad_value_sum: Tensor | None,
@@ -131,7 +147,7 @@ def triton_backward(
     )  # fmt: skip
 
 
-@triton_backward.register_fake
+@torch.library.register_fake("race_attention::triton_backward", lib=_library)
 def _(
     grad_out: Tensor,
     grad_mass: Tensor | None,
@@ -167,41 +183,79 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, mass, value_sum, causal = inputs
-    _, final_mass, final_value_sum, states = output
-    final = (final_mass, final_value_sum) if log_decay is not None else (None, None)
-    ctx.save_for_backward(
-        query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, *final, states
-    )  # fmt: skip
-    ctx.causal = causal
-    ctx.initial = None if mass is None else (mass.dtype, value_sum.dtype)
-    ctx.set_materialize_grads(False)
+for _device in ("CPU", "CUDA", "XPU"):  # on the CPU in Triton's interpreter
+    _library.impl("triton_forward", _forward_kernels, _device)
+    _library.impl("triton_backward", _backward_kernels, _device)
 
 
-def _backward(
-    ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_value_sum: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    query, _, value, _, _, log_decay = ctx.saved_tensors[:6]
-    if grad_out is None:
-        grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
-    need_planes = ctx.needs_input_grad[3]
-    grads = triton_backward(grad_out, grad_mass, grad_value_sum, *ctx.saved_tensors, ctx.causal, need_planes)
-    dq, dk, dv, planes, beta, decay, mass, value_sum = grads
-    return (
-        dq,
-        dk,
-        dv,
-        planes if need_planes else None,
-        beta,
-        None if log_decay is None else decay,
-        None,
-        None,
-        None,
-        None if ctx.initial is None else mass.to(ctx.initial[0]),
-        None if ctx.initial is None else value_sum.to(ctx.initial[1]),
-        None,
-    )
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, ...] = triton_forward(*inputs)
+        *tensors, mass, value_sum, ctx.causal = inputs
+        # The gradient of log_decay is anchored at the final state; nothing else needs that.
+        final = output[1:3] if inputs[5] is not None else (None, None)
+        ctx.save_for_backward(*tensors, *final, output[3])
+        ctx.initial = None if mass is None else (mass.dtype, value_sum.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[3])
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_value_sum: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        query, value, log_decay = saved[0], saved[2], saved[5]
+        if grad_out is None:
+            grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
+        need_planes = ctx.needs_input_grad[3]
+        dq, dk, dv, planes, beta, decay, mass, value_sum = triton_backward(
+            grad_out, grad_mass, grad_value_sum, *saved, ctx.causal, need_planes
+        )
+        return (
+            dq,
+            dk,
+            dv,
+            planes if need_planes else None,
+            beta,
+            None if log_decay is None else decay,
+            None,
+            None,
+            None,
+            None if ctx.initial is None else mass.to(ctx.initial[0]),
+            None if ctx.initial is None else value_sum.to(ctx.initial[1]),
+            None,
+        )
 
 
-triton_forward.register_autograd(_backward, setup_context=_setup_context)
+def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _Differentiable.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return triton_forward(*inputs)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return triton_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "race_attention: the triton backend is differentiable once; backend='reference' is any number of times"
+        )
+
+
+def _backward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _Once.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return triton_backward(*inputs)
+
+
+_library.impl("triton_forward", _forward_autograd, "Autograd")
+_library.impl("triton_backward", _backward_autograd, "Autograd")
