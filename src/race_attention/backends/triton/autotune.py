@@ -29,13 +29,13 @@ CANDIDATES = tuple(
 def _trying(trial: dict[str, Config]) -> Iterator[None]:
     before = dict(configs._trial)
     configs._trial.update(trial)
-    plan.run_lengths.cache_clear()
+    plan.forget()
     try:
         yield
     finally:
         configs._trial.clear()
         configs._trial.update(before)
-        plan.run_lengths.cache_clear()
+        plan.forget()
 
 
 def autotune(

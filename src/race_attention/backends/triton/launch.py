@@ -51,15 +51,7 @@ class Problem:
 
     def options(self, kernel: str, *, tiles: bool) -> dict[str, Any]:
         """The compile-time arguments and the configuration of a kernel."""
-        config = self.shape.config(kernel)
-        return {
-            **self.shape.constants(tiles),
-            "C": config.block,
-            "ALIGNED": self.aligned,
-            "PACKED": self.bounds is not None,
-            "num_warps": config.warps,
-            "num_stages": config.stages,
-        }
+        return plan.options(self.shape, kernel, tiles, self.aligned, self.bounds is not None)
 
     @property
     def conditions(self) -> dict[str, bool]:

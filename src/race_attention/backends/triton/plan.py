@@ -23,9 +23,9 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
-    """A shape class: the compile-time numbers of its kernels.
+    """A shape class: the compile-time numbers of its kernels. There is one object of each; see ``shape_class``.
 
     Attributes:
         tile: SP, buckets of a tile. tiles: NS, tiles of a head. rows: N, planes of a tile's tables, padded.
@@ -78,7 +78,7 @@ class Shape:
         return configs.config(name, power_of_two(self.dim, 16), power_of_two(self.value_dim, 16), self.tile, self.dtype)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def shape_class(dim: int, value_dim: int, tables: int, planes: int, dtype: torch.dtype, precision: str) -> Shape:
     buckets = tables << planes
     tile = power_of_two(buckets, 16)
@@ -97,6 +97,26 @@ def run_lengths(shape: Shape) -> tuple[int, int]:
     if not shape.narrow:
         return min(blocks), min(blocks)
     return max(blocks), configs.LONGEST_RUN
+
+
+@functools.lru_cache(maxsize=1024)
+def options(shape: Shape, kernel: str, tiles: bool, aligned: bool, packed: bool) -> dict[str, object]:
+    """The compile-time arguments of a kernel, and its configuration: one dictionary, not to be changed."""
+    config = shape.config(kernel)
+    return {
+        **shape.constants(tiles),
+        "C": config.block,
+        "ALIGNED": aligned,
+        "PACKED": packed,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def forget() -> None:
+    """Forgets what was looked up in the table of configurations, which has changed."""
+    run_lengths.cache_clear()
+    options.cache_clear()
 
 
 @dataclass(frozen=True)
