@@ -31,6 +31,7 @@ import torch
 
 from experiments import config as configuration
 from experiments.config import ConfigError, check
+from experiments.files import replacing
 from experiments.run import OutOfTime, Run, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,8 +157,14 @@ def work() -> None:
 def _run_one(request: dict[str, Any]) -> str:
     try:
         config = read_rows(request["file"])[request["row"]]
-        places = {name: Path(request[name]) for name in ("results", "work")}
-        run = Run(config, request["seed"], data_dir=request["data_dir"], device=request["device"], **places)
+        run = Run(
+            config,
+            request["seed"],
+            data_dir=request["data_dir"],
+            device=request["device"],
+            results=Path(request["results"]),
+            work=Path(request["work"]),
+        )
         result = run.train(request["max_seconds"])
         return str(result["error"] or result["best"])
     except OutOfTime as error:
@@ -279,11 +286,9 @@ class Batch:
 def bundle(results: Path, path: Path) -> int:
     """All results below ``results`` as one .tar.gz; returns how many."""
     files = sorted(results.rglob("seed-*.json"))
-    temporary = path.with_name(path.name + ".tmp")
-    with tarfile.open(temporary, "w:gz") as tar:
+    with replacing(path) as temporary, tarfile.open(temporary, "w:gz") as tar:
         for file in files:
             tar.add(file, arcname=file.relative_to(results).as_posix())
-    os.replace(temporary, path)
     return len(files)
 
 

@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from experiments.files import replacing
+
 
 def machine() -> dict[str, Any]:
     """The machine, the versions and the date, for result files."""
@@ -81,9 +83,8 @@ class Metrics:
     def __init__(self, folder: Path, *, resume_at: int = 0, tensorboard: bool = False) -> None:
         path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(path) if r["step"] <= resume_at] if resume_at and path.exists() else []
-        temporary = path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = None
         if tensorboard:

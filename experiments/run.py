@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -26,6 +25,7 @@ from experiments import checkpoint
 from experiments import config as configuration
 from experiments.baselines.race import RaceMixer
 from experiments.config import ConfigError, check
+from experiments.files import replacing
 from experiments.models.blocks import ModelConfig, count_parameters
 from experiments.optim import lr_factor, make_adamw, set_lr
 from experiments.report import Bar, machine
@@ -268,6 +268,7 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "seed": self.seed,
             "machine": machine() | {"device": str(self.device)},
+            "data_sha256": self.task.data_sha256,
             "backend": self.backend(),
             "graph": self.train_step.graph_state,
             "parameters": count_parameters(self.model),
@@ -283,9 +284,8 @@ class Run:
             "curve": self.curve,
         }
         self.result_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.result_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, self.result_path)
+        with replacing(self.result_path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
         self.checkpoint_path.unlink(missing_ok=True)
         return result
 

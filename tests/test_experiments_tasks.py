@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from experiments.config import ConfigError
-from experiments.data import files
-from experiments.data.files import read_checked, read_idx
-from experiments.data.text import DataError
+from experiments.data import local
+from experiments.data.files import read_idx
+from experiments.data.local import DataError, read_checked
 from experiments.models import DecoderLM, HeadConfig, MaskedLM, ModelConfig, SequenceClassifier, VisionTransformer
 from experiments.run import OutOfTime, Run, RunConfig, main, merge, read_rows
 from experiments.tables import main as tables_main
@@ -39,7 +39,7 @@ def idx(array):
 def data(tmp_path, monkeypatch):
     """A data folder with a little of everything; bright images are of class 1."""
     root = tmp_path / "data"
-    monkeypatch.setattr(files, "CHECKSUMS", {})
+    monkeypatch.setattr(local, "CHECKSUMS", {})
     for name in ("fashion_mnist", "sst2", "novels/train", "novels/valid", "imdb"):
         (root / name).mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,7 @@
-"""Local files of data sets: found by name, checked by checksum, and the same sets from the Hugging Face hub."""
+"""Data sets by name: their local folder, or the same set from the Hugging Face hub; and the IDX format."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.data.text import DATA_DIR, DataError, find_data_dir
-
-#: SHA-256 of the unpacked content of files that never change, however they are packed.
-CHECKSUMS = {
-    "fashion_mnist/train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "fashion_mnist/train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "fashion_mnist/t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "fashion_mnist/t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
+from experiments.data.local import DATA_DIR, DataError, find_data_dir
 
 
 @dataclass(frozen=True)
@@ -75,27 +65,6 @@ def from_hub(name: str, split: str) -> Any:
         return datasets.load_dataset(where.repository, where.configuration, split=split)
     except Exception as error:  # whatever the network, the hub or its cache raise
         raise DataError(f"data {name!r}: {type(error).__name__}: {error}. {ways}") from error
-
-
-def read_checked(folder: Path, file: str) -> bytes:
-    """The bytes of a file, unpacked where its name ends in .gz, after its checksum where one is published.
-
-    Raises:
-        DataError: absent. ValueError: a checksum that does not fit.
-    """
-    path = folder / file
-    if not path.exists():
-        raise DataError(f"data {folder.name!r}: {path} is missing")
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path}: cannot be unpacked: {error}") from error
-    found, expected = hashlib.sha256(data).hexdigest(), CHECKSUMS.get(f"{folder.name}/{file}")
-    if expected is not None and found != expected:
-        raise ValueError(f"{path}: got content with SHA-256 {found}, expected {expected}")
-    return data
 
 
 def read_idx(data: bytes) -> Tensor:

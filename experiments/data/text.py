@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
-import lzma
-import os
+import io
 import sysconfig
 import tarfile
 from collections.abc import Callable, Iterator
@@ -16,17 +14,12 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from experiments.data.local import DATA_DIR, DataError, find_data_dir, read_checked
+
 #: Folders of a standard library that hold somebody else's code, tests, or no code (the help texts of pydoc_data).
 EXCLUDED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "lib-dynload"}
 )
-
-#: Environment variable with the folder of local data sets, for ``data_dir=None``.
-DATA_DIR = "RACE_DATA_DIR"
-
-
-class DataError(FileNotFoundError):
-    """A data set that is not there; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +71,6 @@ def load_split_files(name: str, data_dir: Path | None) -> Text:
     return text_of(name, train, valid, str(folder))
 
 
-def find_data_dir(data_dir: str | Path | None) -> Path | None:
-    """The given folder, else the one that RACE_DATA_DIR names, else None."""
-    chosen = data_dir or os.environ.get(DATA_DIR)
-    return Path(chosen) if chosen else None
-
-
 def stdlib_files(root: Path | None = None) -> list[Path]:
     """The .py files of this Python's standard library, sorted by name, without tests and installed packages."""
     root = root or Path(sysconfig.get_path("stdlib"))
@@ -112,7 +99,7 @@ def load_novels(data_dir: Path | None) -> Text:
     folder = _existing(data_dir, "novels", "put text files in novels/train and novels/valid, one book a file")
     archive = folder / "novels.tar.xz"
     if archive.exists():
-        with lzma.open(archive) as raw, tarfile.open(fileobj=raw) as tar:
+        with tarfile.open(fileobj=io.BytesIO(read_checked(folder, archive.name)), mode="r:xz") as tar:
             books = {m.name: tar.extractfile(m).read() for m in tar.getmembers() if m.isfile()}  # type: ignore[union-attr]
     else:
         books = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.txt"))}
@@ -130,8 +117,7 @@ def load_shakespeare(data_dir: Path | None) -> Text:
     """Tiny Shakespeare, the last tenth held out."""
     hint = "get input.txt of karpathy/char-rnn's tinyshakespeare as shakespeare/input.txt"
     folder = _existing(data_dir, "shakespeare", hint)
-    packed = folder / "input.txt.gz"
-    data = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / "input.txt").read_bytes()
+    data = read_checked(folder, "input.txt.gz" if (folder / "input.txt.gz").exists() else "input.txt")
     return text_of("shakespeare", *_split_bytes(data), str(folder))
 
 

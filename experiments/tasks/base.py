@@ -6,8 +6,9 @@ Letters: N examples, B batch, T tokens, K classes.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +37,13 @@ class Task(ABC):
         name: of the task.
         metric: name of the score that ``evaluate`` returns for each split and that tables show.
         higher_is_better: of the score.
+        data_sha256: of what is scored, so that only results on the same data are compared.
     """
 
     name: str
     metric: str
     higher_is_better: bool
+    data_sha256: str
 
     @abstractmethod
     def make_model(self, config: ModelConfig, seed: int) -> nn.Module:
@@ -94,6 +97,7 @@ class SplitTask(Task):
 
     def __init__(self, name: str, splits: dict[str, Split], device: torch.device, seed: int) -> None:
         self.name, self.seed = name, seed
+        self.data_sha256 = _digest(split for key, split in sorted(splits.items()) if key != "train")
         self.splits = {key: split.to(device) for key, split in splits.items()}
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
@@ -122,6 +126,14 @@ class SplitTask(Task):
         split = self.splits[name]
         for start in range(0, len(split.targets), size):
             yield self.prepare(split.take(slice(start, start + size)))
+
+
+def _digest(splits: Iterable[Split]) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        for part in (split.inputs, split.targets):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config import check
-from experiments.data.files import from_hub, local_folder, read_checked, read_idx
+from experiments.data.files import from_hub, local_folder, read_idx
+from experiments.data.local import read_checked
 from experiments.models.blocks import ModelConfig
 from experiments.models.encoder import HeadConfig, VisionTransformer
 from experiments.tasks.base import Batch, Split, SplitTask, hold_out

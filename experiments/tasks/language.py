@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from experiments.config import check
 from experiments.data import Text, WindowSampler, evaluation_windows, load_text
 from experiments.data.files import HUB, from_hub
-from experiments.data.text import DataError, text_of
+from experiments.data.local import DataError
+from experiments.data.text import text_of
 from experiments.models.blocks import ModelConfig
 from experiments.models.encoder import MaskedLM
 from experiments.models.lm import DecoderLM
@@ -50,6 +51,7 @@ class _Windows(Task):
     ) -> None:
         self.name, self.options, self.seed = name, options, seed
         self.text = _text(options.data, data_dir)
+        self.data_sha256 = self.text.sha256
         self.sampler = WindowSampler(self.text.train.to(device), options.context, seed)
         count = max(1, options.valid_bytes // options.context)
         self.held_out = {}

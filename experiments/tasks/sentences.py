@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from experiments.config import check
-from experiments.data.files import HUB, from_hub, local_folder, read_checked
+from experiments.data.files import HUB, from_hub, local_folder
+from experiments.data.local import read_checked
 from experiments.models.blocks import ModelConfig
 from experiments.models.encoder import HeadConfig, SequenceClassifier
 from experiments.tasks.base import Split, SplitTask, hold_out
