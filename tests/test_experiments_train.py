@@ -369,8 +369,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+        raise RuntimeError(temporary.write_text("half"))
     assert path.read_text() == "old"
     with replacing(path) as temporary:
         temporary.write_text("new")
