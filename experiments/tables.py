@@ -1,84 +1,162 @@
-"""Renders tables and a plot from result files alone: ``python -m experiments.tables fashion_mnist [--plot out.png]``.
+"""Renders tables and a plot from result files alone: ``python -m experiments.tables fashion_mnist [--plots folder]``.
 
-A cell is the mean over seeds, with their standard deviation, of the score at the step that was best on the
-validation set: on the test set where there is one, else on the validation set. A failed run is shown with its reason.
+A cell is the mean over seeds, with their standard deviation, of the score at the step that was best on the validation
+set: on the test set where there is one, else on the validation set. Where a method was searched (rows
+``NAME@lr=0.001``), the setting that was best on the validation set with seed 0 stands for it, and the table lists
+all that were tried. A failed run is shown with its reason, and so is a row that was not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.config import ConfigError, check
 
+#: Why a row of a configuration has no result, where ``missing.json`` beside the results gives no reason.
+NOT_RUN = "not run yet"
+
 
 @dataclass(frozen=True)
 class Row:
-    """What the seeds of one row found."""
+    """What the seeds of one method found.
+
+    Attributes:
+        name: of the method.
+        split, metric, higher_is_better: of the scores.
+        scores: one a seed that did not fail.
+        parameters: of the model.
+        chosen: the setting that the scores are of; "" without a search.
+        tried: setting -> validation score with seed 0, None where it failed.
+        milliseconds: of a training step on a machine of its own, where ``speed.json`` has it.
+        seconds: of the training runs, mean, on a machine that several runs shared.
+        memory_gb: peak.
+        devices: that the runs were on.
+        errors: of failed seeds.
+        missing: why there is no result; None where there is one.
+        paper: the paper's number.
+    """
 
     name: str
-    split: str
-    metric: str
-    scores: tuple[float, ...]
-    parameters: int
-    seconds_per_epoch: float
-    memory_gb: float
-    devices: tuple[str, ...]
-    errors: tuple[str, ...]
-    paper: float | None
+    split: str = "valid"
+    metric: str = "accuracy"
+    higher_is_better: bool = True
+    scores: tuple[float, ...] = ()
+    parameters: int = 0
+    chosen: str = ""
+    tried: tuple[tuple[str, float | None], ...] = ()
+    milliseconds: float | None = None
+    seconds: float = math.nan
+    memory_gb: float = math.nan
+    devices: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    missing: str | None = None
+    paper: float | None = None
 
     @property
     def mean(self) -> float | None:
         return statistics.fmean(self.scores) if self.scores else None
 
 
-def read_table(folder: Path) -> list[Row]:
-    """The rows of a table, from ``folder/ROW/seed-N.json``; the paper's numbers from ``folder/paper.json``.
+def read_table(folder: Path, planned: Sequence[str] = ()) -> list[Row]:
+    """The rows of a table, from ``folder/ROW/seed-N.json``.
+
+    Beside them may lie ``paper.json`` (method -> the paper's number), ``missing.json`` (method -> why it was not run)
+    and ``speed.json`` (:mod:`experiments.steptime`).
+
+    Args:
+        folder: of the results.
+        planned: methods in the order of their configuration, shown also where nothing was run.
 
     Raises:
-        ConfigError: no results there, or a file that is none.
+        ConfigError: no results there, a file that is none, or results on different data.
     """
-    paper_file = folder / "paper.json"
-    paper = json.loads(paper_file.read_text()) if paper_file.exists() else {}
+    paper, missing, speed = (_optional(folder / f"{name}.json") for name in ("paper", "missing", "speed"))
+    methods: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in [*planned, *missing]}
+    digests = set()
+    for path in sorted(folder.glob("*/seed-*.json")):
+        result = _read(path)
+        digests.add(result.get("data_sha256"))
+        name, _, setting = path.parent.name.partition("@")
+        methods.setdefault(name, {}).setdefault(setting, []).append(result)
+    check(any(methods.values()), "table", str(folder), "a folder with ROW/seed-N.json")
+    check(len(digests - {None}) <= 1, str(folder), f"results on {len(digests)} sets of data", "the same data in all")
     rows = []
-    for row in sorted(path for path in folder.glob("*") if path.is_dir()):
-        results = [_read(path) for path in sorted(row.glob("seed-*.json"))]
-        if results:
-            rows.append(_row(row.name, results, paper.get(row.name)))
-    check(bool(rows), "table", str(folder), "a folder with ROW/seed-N.json")
+    for name, settings in methods.items():
+        if settings:
+            times = speed.get("milliseconds", {})
+            rows.append(_row(name, settings, paper.get(name), times.get(name)))
+        else:
+            rows.append(Row(name, missing=missing.get(name, NOT_RUN), paper=paper.get(name)))
     return rows
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        result["parameters"], result["metric"], result["seconds_per_epoch"]
+        result["parameters"], result["metric"], result["seconds"], result["best"], result["error"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: no result of experiments.run: {error!r}") from error
     return result
 
 
-def _row(name: str, results: list[dict[str, Any]], paper: float | None) -> Row:
+def _row(
+    name: str, settings: Mapping[str, list[dict[str, Any]]], paper: float | None, milliseconds: float | None
+) -> Row:
+    tried = []
+    for setting, results in settings.items():
+        first = next((r for r in results if r["seed"] == 0), None)
+        if first is not None:
+            tried.append((setting, None if first["error"] else float(first["best"]["valid"])))
+    everything = [result for results in settings.values() for result in results]
+    higher = bool(everything[0].get("higher_is_better", True))
+    chosen = _chosen(tried, higher) if tried else next(iter(settings))
+    results = settings[chosen]
     good = [result for result in results if not result["error"]]
     split = "test" if good and "test" in good[0]["best"] else "valid"
-    devices = {r["machine"].get("gpu", r["machine"]["cpu"]) for r in results}
     return Row(
         name=name,
         split=split,
         metric=results[0]["metric"],
+        higher_is_better=higher,
         scores=tuple(result["best"][split] for result in good),
         parameters=results[0]["parameters"],
-        seconds_per_epoch=statistics.fmean(result["seconds_per_epoch"] for result in results),
+        chosen=chosen,
+        tried=tuple(sorted(tried, key=lambda one: _number(one[0]))),
+        milliseconds=milliseconds,
+        seconds=statistics.fmean(result["seconds"] for result in results),
         memory_gb=max(result["peak_memory_gb"] for result in results),
-        devices=tuple(sorted(devices)),
-        errors=tuple(f"seed {r['seed']}: {r['error']}" for r in results if r["error"]),
+        devices=tuple(sorted({r["machine"].get("gpu") or r["machine"]["cpu"] for r in results})),
+        errors=tuple(f"{chosen or 'seed'} {r['seed']}: {r['error']}" for r in results if r["error"]),
         paper=paper,
     )
+
+
+def _number(setting: str) -> float:
+    try:
+        return float(setting.rpartition("=")[2])
+    except ValueError:
+        return 0.0
+
+
+def _chosen(tried: Sequence[tuple[str, float | None]], higher: bool) -> str:
+    """The setting that was best with seed 0; of equal ones the lowest, as :mod:`experiments.gpu_batch` chooses."""
+    ordered = sorted(tried, key=lambda one: _number(one[0]))
+    good = [(setting, score) for setting, score in ordered if score is not None]
+    if not good:
+        return ordered[0][0]
+    return (max if higher else min)(good, key=lambda one: one[1])[0]
 
 
 def shown(value: float, metric: str) -> str:
@@ -86,52 +164,91 @@ def shown(value: float, metric: str) -> str:
     return f"{100 * value:.2f}" if metric == "accuracy" else f"{value:.4f}"
 
 
+def score(row: Row) -> str:
+    """Mean and standard deviation over seeds, or why there is none."""
+    if row.missing is not None:
+        return f"({row.missing})"
+    if row.mean is None:
+        return "failed, see below"
+    spread = f" ± {shown(statistics.stdev(row.scores), row.metric)}" if len(row.scores) > 1 else ""
+    return shown(row.mean, row.metric) + spread
+
+
 def markdown(rows: Sequence[Row], title: str) -> str:
     """A table in Markdown, its failures below it."""
+    run = [row for row in rows if row.missing is None]
     with_paper = any(row.paper is not None for row in rows)
-    metric = rows[0].metric
-    unit = f"{rows[0].split} {metric}" + (", %" if metric == "accuracy" else " a byte")
-    heads = ["method", unit, *(["paper"] if with_paper else []), "seeds", "parameters", "s / epoch", "memory, GB"]
+    with_speed = any(row.milliseconds is not None for row in rows)
+    with_search = any(row.chosen for row in rows)
+    unit = f"{run[0].split} {run[0].metric}" + (", %" if run[0].metric == "accuracy" else " a byte")
+    heads = ["method", unit, *(["paper"] if with_paper else []), "seeds", "parameters"]
+    heads += [*(["tried, validation"] if with_search else []), *(["ms / step"] if with_speed else [])]
+    heads += ["s / run", "memory, GB"]
     lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    lines += ["| " + " | ".join(_cells(row, with_paper)) + " |" for row in rows]
-    lines += [
-        "",
-        "Mean and standard deviation over seeds, on " + ", ".join(sorted({d for r in rows for d in r.devices})),
-    ]
+    lines += ["| " + " | ".join(_cells(row, with_paper, with_search, with_speed)) + " |" for row in rows]
+    devices = sorted({d for r in run for d in r.devices})
+    lines += ["", "Mean and standard deviation over seeds, on " + ", ".join(devices) + "."]
+    if with_search:
+        lines += ["The setting in bold was best on the validation set with seed 0; the score is of it."]
     lines += [f"- {row.name}, {error}" for row in rows for error in row.errors]
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row, with_paper: bool) -> list[str]:
-    score = "failed, see below"
-    if row.mean is not None:
-        score = shown(row.mean, row.metric)
-        if len(row.scores) > 1:
-            score += f" ± {shown(statistics.stdev(row.scores), row.metric)}"
-    paper = [("" if row.paper is None else f"{row.paper:g}")] if with_paper else []
-    numbers = [str(len(row.scores)), f"{row.parameters:,}", f"{row.seconds_per_epoch:.1f}", f"{row.memory_gb:.2f}"]
-    return [row.name, score, *paper, *numbers]
+def _cells(row: Row, with_paper: bool, with_search: bool, with_speed: bool) -> list[str]:
+    cells = [row.name, score(row), *([("" if row.paper is None else f"{row.paper:g}")] if with_paper else [])]
+    if row.missing is not None:
+        return cells + [""] * (4 + with_search + with_speed)
+    cells += [str(len(row.scores)), f"{row.parameters:,}", *([_tried(row)] if with_search else [])]
+    if with_speed:
+        cells.append("" if row.milliseconds is None else f"{row.milliseconds:.1f}")
+    return [*cells, f"{row.seconds:.1f}", f"{row.memory_gb:.2f}"]
+
+
+def _tried(row: Row) -> str:
+    parts = []
+    for setting, found in row.tried:
+        text = f"{setting} {'failed' if found is None else shown(found, row.metric)}"
+        parts.append(f"**{text}**" if setting == row.chosen else text)
+    return ", ".join(parts)
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Score against time, a point a row."""
+    """Score against the time of a step, measured alone where known, else of a run: a point a row."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "race"  # the same picture from the same results
     from matplotlib import pyplot
 
+    timed = any(row.milliseconds is not None for row in rows)
     figure, axis = pyplot.subplots(figsize=(8, 5.5), constrained_layout=True)
-    scale = 100 if rows[0].metric == "accuracy" else 1
-    for row in rows:
-        if row.mean is None:
-            continue
+    points = [row for row in rows if row.mean is not None and (row.milliseconds is not None or not timed)]
+    scale = 100 if points and points[0].metric == "accuracy" else 1
+    for row in points:
+        assert row.mean is not None
+        x = row.milliseconds if row.milliseconds is not None else row.seconds
         spread = statistics.stdev(row.scores) * scale if len(row.scores) > 1 else 0.0
-        axis.errorbar(row.seconds_per_epoch, row.mean * scale, yerr=spread, fmt="o", capsize=2)
-        axis.annotate(row.name, (row.seconds_per_epoch, row.mean * scale), xytext=(5, 4), textcoords="offset points")
-    unit = "%" if scale == 100 else "bits a byte"
-    axis.set(title=title, xlabel="seconds an epoch", ylabel=f"{rows[0].split} {rows[0].metric}, {unit}", xscale="log")
-    figure.savefig(path, dpi=110)
+        axis.errorbar(x, row.mean * scale, yerr=spread, fmt="o", capsize=2)
+        axis.annotate(row.name, (x, row.mean * scale), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    if points:
+        unit = "%" if scale == 100 else "bits a byte"
+        axis.set(
+            title=title,
+            xlabel="ms a step, alone on the device" if timed else "seconds a run, on a shared device",
+            ylabel=f"{points[0].split} {points[0].metric}, {unit}",
+            xscale="log",
+        )
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
+
+
+def planned_rows(config: Path) -> list[str]:
+    """The methods of a configuration file, in its order; none where there is no such file."""
+    if not config.exists():
+        return []
+    from experiments.config import read
+
+    return list(read(config).get("rows", {}))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -139,17 +256,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.tables", description=__doc__)
     parser.add_argument("table", nargs="*", help="tables to render; default all with results")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"))
+    parser.add_argument("--configs", type=Path, default=Path("experiments/configs"), help="whose rows are shown")
     parser.add_argument("--plots", type=Path, help="folder for a plot of each table, score against time")
+    parser.add_argument("--format", default="png", help="of the plots: png, svg...")
     given = parser.parse_args(arguments)
     names = given.table or sorted(path.name for path in given.results.glob("*") if path.is_dir())
     try:
         check(bool(names), "--results", str(given.results), "a folder with results of experiments.run")
         for name in names:
-            rows = read_table(given.results / name)
+            rows = read_table(given.results / name, planned_rows(given.configs / f"{name}.toml"))
             print(markdown(rows, name))
             if given.plots:
                 given.plots.mkdir(parents=True, exist_ok=True)
-                plot(rows, name, given.plots / f"{name}.png")
+                plot(rows, name, given.plots / f"{name}.{given.format}")
     except ConfigError as error:
         parser.exit(2, f"error: {error}\n")
 

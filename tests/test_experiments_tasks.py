@@ -373,7 +373,7 @@ def test_tables_take_the_test_score_at_the_best_validation_step(data, tmp_path):
             "machine": {"cpu": "C"},
             "parameters": 1000,
             "metric": "accuracy",
-            "seconds_per_epoch": 2.0,
+            "seconds": 2.0,
             "peak_memory_gb": 1.0,
             "seed": seed,
             "error": error,
@@ -389,6 +389,48 @@ def test_tables_take_the_test_score_at_the_best_validation_step(data, tmp_path):
     (tmp_path / "t/row/seed-0.json").write_text("{}")
     with pytest.raises(ConfigError, match="no result of experiments"):
         read_table(tmp_path / "t")
+
+
+def searched(folder, row, seed, valid, test, **more):
+    path = folder / row / f"seed-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "machine": {"cpu": "C", "gpu": "G"},
+        "parameters": 1000,
+        "metric": "bits",
+        "higher_is_better": False,
+        "seconds": 2.0,
+        "peak_memory_gb": 1.0,
+        "seed": seed,
+        "error": None,
+        "best": {"valid": valid, "test": test},
+    }
+    path.write_text(json.dumps(result | more))
+
+
+def test_tables_show_a_search_and_what_was_not_run(tmp_path):
+    searched(tmp_path, "a@lr=0.001", 0, 2.0, 2.1)
+    searched(tmp_path, "a@lr=0.002", 0, 1.9, 2.2)
+    searched(tmp_path, "a@lr=0.002", 1, 1.95, 2.4)
+    searched(tmp_path, "a@lr=0.01", 0, 0, 0, best=None, error="diverged")
+    (tmp_path / "missing.json").write_text('{"c": "needs another package"}')
+    (tmp_path / "speed.json").write_text('{"milliseconds": {"a": 3.25}}')
+    rows = read_table(tmp_path, ["b", "a"])
+    assert [row.name for row in rows] == ["b", "a", "c"]
+    assert rows[1].scores == (2.2, 2.4)
+    text = markdown(rows, "t")
+    tried = "lr=0.001 2.0000, **lr=0.002 1.9000**, lr=0.01 failed"
+    assert f"| a | 2.3000 ± 0.1414 | 2 | 1,000 | {tried} | 3.2 | 2.0 | 1.00 |" in text
+    assert "| b | (not run yet) |" in text
+    assert "| c | (needs another package) |" in text
+    plot(rows, "t", tmp_path / "t.svg")
+    before = (tmp_path / "t.svg").read_bytes()
+    plot(rows, "t", tmp_path / "t.svg")
+    assert (tmp_path / "t.svg").read_bytes() == before
+    searched(tmp_path, "b", 0, 1.0, 1.0, data_sha256="x")
+    searched(tmp_path, "d", 0, 1.0, 1.0, data_sha256="y")
+    with pytest.raises(ConfigError, match="the same data"):
+        read_table(tmp_path)
 
 
 def test_configurations_of_the_repository_build():
