@@ -1,0 +1,103 @@
+"""What the GPU benchmark calls: RACE Attention, and what it is compared with, each as a callable step."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from race_attention import race_attention
+
+HEADS, DIM = 4, 128
+EXACT = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+Step = Callable[[], Any]
+
+
+def tokens_of(tokens: int, heads: int, grad: bool, dim: int = DIM) -> Tensor:
+    x = torch.randn(1, tokens, heads, dim, dtype=torch.bfloat16, device="cuda")
+    return x.requires_grad_(grad)
+
+
+class Race:
+    """A call of ``race_attention`` at (P, L), forward alone or with its backward pass; beta learns, hyperplanes do not.
+
+    ``backend="reference"`` is plain torch.
+    """
+
+    def __init__(
+        self, planes: int, tables: int, tokens: int, causal: bool, backward: bool, heads: int = HEADS,
+        decay: bool = False, backend: str = "triton",
+    ) -> None:  # fmt: skip
+        self.inputs = [tokens_of(tokens, heads, backward) for _ in range(3)]
+        self.planes = torch.randn(heads, tables, planes, DIM, device="cuda") * DIM**-0.5
+        self.beta = torch.full((heads,), 4.0, device="cuda", requires_grad=backward)
+        self.decay = -0.01 * torch.rand(1, tokens, heads, device="cuda") if decay else None
+        if self.decay is not None and backward:
+            self.decay.requires_grad_()
+        self.causal, self.backward, self.backend = causal, backward, backend
+        self.grad = torch.randn_like(self.inputs[2]) if backward else None
+
+    def __call__(self) -> Any:
+        out = race_attention(
+            *self.inputs, self.planes, self.beta, log_decay=self.decay, causal=self.causal, backend=self.backend
+        )
+        if not self.backward:
+            return out
+        wanted = [*self.inputs, self.beta] + ([] if self.decay is None else [self.decay])
+        return torch.autograd.grad(out, wanted, self.grad)
+
+
+class Exact:
+    """torch's exact attention with one of the backends of EXACT; "flash" is FlashAttention-2."""
+
+    def __init__(self, backend: str, tokens: int, causal: bool, backward: bool, heads: int = HEADS) -> None:
+        self.inputs = [tokens_of(tokens, heads, backward).transpose(1, 2) for _ in range(3)]
+        self.grad = torch.randn_like(self.inputs[2]) if backward else None
+        self.backend, self.causal, self.backward = EXACT[backend], causal, backward
+
+    def __call__(self) -> Any:
+        with sdpa_kernel(self.backend):
+            query, key, value = self.inputs
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return torch.autograd.grad(out, self.inputs, self.grad) if self.backward else out
+
+
+class Linear:
+    """flash-linear-attention on positive features of ``buckets`` numbers a token, as many as RACE has buckets.
+
+    The features are given, not computed from queries and keys of 128 numbers: it has less to do.
+    """
+
+    KINDS = ("linear, normalised", "linear", "simple_gla", "gla")
+
+    def __init__(self, kind: str, buckets: int, tokens: int, backward: bool, heads: int = HEADS) -> None:
+        self.query, self.key = (
+            tokens_of(tokens, heads, False, buckets).abs_().requires_grad_(backward) for _ in range(2)
+        )
+        self.value = tokens_of(tokens, heads, backward)
+        self.grad = torch.randn_like(self.value) if backward else None
+        gate = {"simple_gla": (1, tokens, heads), "gla": (1, tokens, heads, buckets)}.get(kind)
+        self.gate = None if gate is None else (-0.01 * torch.rand(gate, device="cuda")).requires_grad_(backward)
+        self.kind, self.backward = kind, backward
+
+    def __call__(self) -> Any:
+        from fla.ops.gla import chunk_gla
+        from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        inputs = [self.query, self.key, self.value]
+        if self.gate is None:
+            out, _ = chunk_linear_attn(*inputs, normalize=self.kind.endswith("normalised"))
+        else:
+            inputs.append(self.gate)
+            out, _ = (chunk_simple_gla if self.kind == "simple_gla" else chunk_gla)(*inputs)
+        return torch.autograd.grad(out, inputs, self.grad) if self.backward else out
+
+
+def has_linear() -> bool:
+    return importlib.util.find_spec("fla") is not None
