@@ -108,6 +108,17 @@ def test_no_tokens(causal: bool) -> None:
     torch.autograd.grad(out.sum() + 0 * inputs["key"].sum(), inputs["key"])
 
 
+@pytest.mark.parametrize("missing", ["queries", "keys"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_one_side_without_tokens(missing: str, kv_heads: int) -> None:
+    """Queries that read a state alone, and keys that only add to one: the sweeps of a stream."""
+    given = {"tokens": 0 if missing == "queries" else 40, "keys": 0 if missing == "keys" else 40}
+    options = {"batch": 2, "heads": 2, "kv_heads": kv_heads, "dim": 16, "initial_state": True, "requires_grad": True}
+    inputs = make_inputs(**given, **options, device=DEVICE)
+    right = evaluate(lambda inputs: oracle(**inputs, return_state=True), in_double(inputs))
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), right, FLOAT32)
+
+
 def test_masked_garbage_is_not_read() -> None:
     inputs = _small(causal=True)
     inputs["key_mask"] = torch.ones(1, 9, dtype=torch.bool, device=DEVICE)

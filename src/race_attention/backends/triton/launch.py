@@ -109,14 +109,17 @@ class ParameterSums:
         self.of_queries = self.of_keys = (0, problem.beta, problem.beta)
 
     def parts(self, runs: plan.Runs, heads: int) -> tuple[Tensor, Tensor]:
-        """Room for the parts of runs * heads programs: the queries' pass first, then the keys'."""
+        """Room for the parts of runs * heads programs: the queries' pass first, then the keys'; either may be missing."""
         p, shape = self.problem, self.problem.shape
         size = (runs.count, heads, shape.tiles, shape.rows, shape.dim) if self.need_planes else (0,)
         empty_runs = p.bounds is not None and not shape.narrow  # they write nothing where runs are one block
         make = p.query.new_zeros if empty_runs else p.query.new_empty
-        self.of_queries = self.of_keys
-        self.of_keys = (runs.count, make(size, dtype=torch.float32), p.new(runs.count, heads))
-        return self.of_keys[1:]
+        made = (runs.count, make(size, dtype=torch.float32), p.new(runs.count, heads))
+        if heads == p.heads and not self.of_queries[0]:  # with a share of 1 the two have one layout
+            self.of_queries = made
+        else:
+            self.of_keys = made
+        return made[1:]
 
     def reduced(self) -> tuple[Tensor, Tensor]:
         """The gradients of hyperplanes [G, L, P, D] and of beta [G]: added in float64, in a fixed order."""
