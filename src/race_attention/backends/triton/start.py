@@ -8,10 +8,12 @@ of 16 bytes. Numbers are never specialised on here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
 
 
 def _start_first(key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
-    with _without_warp_group_instructions():
+    with _compiling():
         compiled = kernel[grid](*args, **options)
     if not isinstance(compiled, triton.compiler.CompiledKernel):
         return  # Triton's interpreter, or a compilation that goes on elsewhere
@@ -50,20 +52,44 @@ def _start_first(key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], args:
     _compiled[key] = compiled, tuple(options[name] for name in names[len(args) :])
 
 
-@contextlib.contextmanager
-def _without_warp_group_instructions() -> Iterator[None]:
-    """Without Hopper's warp-group matrix instructions, while compiling.
+#: The first release of ptxas that compiles Hopper's warp-group matrix instructions rightly.
+_REPAIRED = (12, 9)
 
-    The ptxas of Triton 3.6 (12.8.93) keeps a predicate in the register that holds such an instruction's descriptor:
-    wrong sums or illegal addresses, in kernels that compute-sanitizer otherwise finds clean, on an H200. The
-    Ampere instructions take no descriptors. Triton reads the variable whenever it compiles.
+
+@functools.cache
+def _environment() -> dict[str, str]:
+    """The environment variables that Triton compiles under.
+
+    The ptxas of Triton 3.6 (12.8.93) keeps a predicate in the register that holds the descriptor of a warp-group
+    matrix instruction: wrong sums or illegal addresses, in kernels that compute-sanitizer otherwise finds clean, on
+    an H200. Its wheel also has 12.9, for newer GPUs, which compiles them rightly, as 13.0 does. Where no such one is
+    at hand, the older instructions are used, at about two thirds of the speed.
     """
-    before = os.environ.get("DISABLE_MMA_V3")
-    os.environ["DISABLE_MMA_V3"] = "1"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        return {}
+    tools = getattr(getattr(triton, "knobs", None), "nvidia", None)
+    if _repaired(getattr(tools, "ptxas", None)):
+        return {}
+    newer = getattr(tools, "ptxas_blackwell", None)
+    if newer is not None and "TRITON_PTXAS_PATH" not in os.environ and _repaired(newer):
+        return {"TRITON_PTXAS_PATH": newer.path}
+    return {"DISABLE_MMA_V3": "1"}
+
+
+def _repaired(tool: Any) -> bool:
+    return tool is not None and tuple(int(n) for n in tool.version.split(".")[:2]) >= _REPAIRED
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    wanted = _environment()
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["DISABLE_MMA_V3"]
-        else:
-            os.environ["DISABLE_MMA_V3"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
