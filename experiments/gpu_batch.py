@@ -47,12 +47,14 @@ class Job:
         table: of the results.
         rows: the row; or, for a finalist, all rows of a search, of which the best takes part once all are done.
         seed: of the run.
+        seconds: that it is thought to take, if the queue says so.
     """
 
     file: Path
     table: str
     rows: tuple[str, ...]
     seed: int
+    seconds: float | None = None
 
     def row(self, results: Path) -> str | None:
         """The row to run; None while its search is not done, or nothing of it succeeded."""
@@ -82,7 +84,8 @@ def read_queue(path: Path) -> list[Job]:
     """The jobs of a queue file, in its order, each once.
 
     An entry names a configuration, rows (a name without its ``@`` part stands for its whole search; default all),
-    seeds, and ``best = true`` for the finalists: the best row of each search, judged by seed 0, with more seeds.
+    seeds, and ``best = true`` for the finalists: the best row of each search, judged by seed 0, with more seeds. With
+    ``seconds`` its jobs start only while so much time is left.
 
     Raises:
         ConfigError: naming the entry and the key.
@@ -94,8 +97,8 @@ def read_queue(path: Path) -> list[Job]:
     jobs: dict[tuple[str, tuple[str, ...], int], Job] = {}
     for number, entry in enumerate(entries, start=1):
         where = f"runs[{number}]"
-        unknown = set(entry) - {"config", "rows", "seeds", "best"}
-        check(not unknown and "config" in entry, where, sorted(entry), "config, and rows, seeds, best if not the usual")
+        unknown = set(entry) - {"config", "rows", "seeds", "best", "seconds"}
+        check(not unknown and "config" in entry, where, sorted(entry), "config, and rows, seeds, best, seconds")
         file = path.parent / entry["config"]
         rows = read_rows(file)
         table = next(iter(rows.values())).table
@@ -105,7 +108,7 @@ def read_queue(path: Path) -> list[Job]:
                 group = tuple(row for row in rows if name in (row, row.partition("@")[0]))
                 check(bool(group), f"{where}.rows", name, "one of " + ", ".join(rows))
                 for chosen in [group] if entry.get("best") else [(row,) for row in group]:
-                    jobs.setdefault((entry["config"], chosen, seed), Job(file, table, chosen, seed))
+                    jobs.setdefault((entry["config"], chosen, seed), Job(file, table, chosen, seed, entry.get("seconds")))
     return list(jobs.values())
 
 
@@ -253,9 +256,8 @@ class Batch:
     def _fits(self, job: Job) -> bool:
         """Whether it can run and time is left for it, as far as finished jobs of its table tell."""
         known = self.durations.get(job.table)
-        left = self.end - time.monotonic()
-        enough = left > (1.1 * statistics.median(known) if known else 30.0)
-        return enough and job.row(self.results) is not None and not self._is_done(job)
+        needed = job.seconds or (1.1 * statistics.median(known) if known else 30.0)
+        return self.end - time.monotonic() > needed and job.row(self.results) is not None and not self._is_done(job)
 
     def _request(self, job: Job) -> dict[str, Any]:
         left = max(10.0, self.end - time.monotonic() - 5.0)  # a checkpoint takes time too

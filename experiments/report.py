@@ -62,13 +62,16 @@ def source_digest() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout; where there is no git, the one that RACE_COMMIT names, if any."""
+    """The commit that RACE_COMMIT names (a copy's own git may lag behind its files), else the checkout's."""
+    named = os.environ.get("RACE_COMMIT")
+    if named:
+        return named
     try:
         root = Path(__file__).resolve().parent
         run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("RACE_COMMIT")
-    return run.stdout.strip() or os.environ.get("RACE_COMMIT")
+        return None
+    return run.stdout.strip() or None
 
 
 class Metrics:

@@ -50,6 +50,7 @@ class RunConfig:
             :class:`experiments.train.TrainConfig`.
         checkpoint_every: seconds between checkpoints; 0 for none but where the run is stopped.
         graph: records the training step as a CUDA graph on a GPU (:mod:`experiments.step`).
+        compile: compiles the model's blocks on a GPU.
     """
 
     table: str
@@ -72,6 +73,7 @@ class RunConfig:
     precision: str = "float32"
     checkpoint_every: float = 120.0
     graph: bool = True
+    compile: bool = True
 
     def __post_init__(self) -> None:
         for name in ("table", "row"):
@@ -178,7 +180,13 @@ class Run:
             self.model, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
         )
         self.train_step = TrainStep(
-            self.task, self.model, self.optimiser, config.clip, config.precision, graph=config.graph
+            self.task,
+            self.model,
+            self.optimiser,
+            config.clip,
+            config.precision,
+            graph=config.graph,
+            compiled=config.compile,
         )
         self.epoch = self.task.steps_per_epoch(config.batch)
         self.steps = config.steps or max(1, round(self.epoch * (config.epochs or 1)))
@@ -234,7 +242,7 @@ class Run:
 
     def _evaluate(self, loss: float) -> float:
         """Adds a point to the curve; returns the time, as evaluation does not count as training."""
-        with self.train_step.autocast():
+        with self.train_step.autocast(), torch.compiler.set_stance("force_eager"):
             scores = self.task.evaluate(self.model, self.config.eval_batch)
         self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "train_loss": loss} | scores)
         return time.monotonic()
@@ -271,6 +279,7 @@ class Run:
             "data_sha256": self.task.data_sha256,
             "backend": self.backend(),
             "graph": self.train_step.graph_state,
+            "compile": self.train_step.compile_state,
             "parameters": count_parameters(self.model),
             "metric": self.task.metric,
             "higher_is_better": self.task.higher_is_better,

@@ -3,6 +3,8 @@
 A step of a small model is hundreds of short kernels, and launching them one by one takes longer than running them. A
 graph launches them all at once. The first steps run as they are, which compiles kernels and fills the optimiser's
 state; then one is recorded; all later ones are replayed with new data in the recorded inputs.
+
+The blocks of the model are compiled, which fuses what lies between matrix products and attention.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from experiments.models.blocks import Block
 from experiments.tasks import Batch, Task
 
 #: Steps that run as they are before one is recorded.
@@ -26,19 +29,32 @@ class TrainStep:
         clip: norm of the gradient at most.
         precision: "bfloat16" for autocast, or "float32".
         graph: records a CUDA graph; only on a GPU, for batches of one shape.
+        compiled: compiles the blocks; only on a GPU.
 
     Attributes:
         graph_state: "off", "recorded", or why recording failed, for the result.
+        compile_state: "off", "compiled", or why it failed, likewise.
     """
 
     def __init__(
-        self, task: Task, model: nn.Module, optimiser: torch.optim.Optimizer, clip: float, precision: str, graph: bool
+        self,
+        task: Task,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        clip: float,
+        precision: str,
+        *,
+        graph: bool,
+        compiled: bool,
     ) -> None:
         self.task, self.model, self.optimiser, self.clip = task, model, optimiser, clip
         self.device = next(model.parameters()).device
         self.bfloat16 = precision == "bfloat16"
-        self.wanted = graph and self.device.type == "cuda"
-        self.graph_state = "off"
+        on_gpu = self.device.type == "cuda"
+        self.wanted = graph and on_gpu
+        self.graph_state = self.compile_state = "off"
+        if compiled and on_gpu:
+            self.compile_blocks()
         self._done = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: Batch | None = None
@@ -48,8 +64,17 @@ class TrainStep:
         """What forward passes run under."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
 
+    def compile_blocks(self) -> None:
+        """Compiles every block; they are alike, so that one compilation serves all."""
+        for module in self.model.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=False)
+        self.compile_state = "compiled"
+
     def __call__(self, batch: Batch) -> Tensor:
         """One step; returns the loss."""
+        if not self._done and self.compile_state == "compiled":
+            self._try_compiled(batch)
         if self.wanted and self._done == EAGER_STEPS:
             self._record(batch)
         self._done += 1
@@ -63,6 +88,26 @@ class TrainStep:
             loss = self._run(batch)
         torch.cuda.current_stream().wait_stream(side)
         return loss
+
+    def _try_compiled(self, batch: Batch) -> None:
+        """Forward and backward without an update; where compiling fails, blocks run as they are and the result says so.
+
+        The random state is as before afterwards.
+        """
+        before = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        try:
+            with self.autocast():
+                loss = self.task.loss(self.model, batch)
+            loss.backward()
+        except Exception as error:  # whatever the compiler raises
+            self.compile_state = f"failed: {error}"[:300]
+            print(f"blocks are not compiled: {error}", flush=True)
+            for module in self.model.modules():
+                module._compiled_call_impl = None
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.set_rng_state(before[0])
+        if before[1] is not None:
+            torch.cuda.set_rng_state(before[1])
 
     def _run(self, batch: Batch) -> Tensor:
         with self.autocast():

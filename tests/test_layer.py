@@ -742,3 +742,36 @@ def test_step_is_for_causal_layers_and_single_tokens():
         make("plain", causal=False).step(tokens()[:, 0])
     with pytest.raises(ValueError, match=r"x: got shape \[2, 11, 12\], allowed is \[B, 12\]"):
         make("plain").step(tokens())
+
+
+def test_preset_for_language_models_is_the_layer_with_its_options():
+    layer = RaceAttention.for_language_models(32, 4, tables=2, planes=3, seed=5)
+    same = RaceAttention(
+        32,
+        4,
+        tables=2,
+        planes=3,
+        seed=5,
+        causal=True,
+        conv_size=4,
+        decay="per_token",
+        norm_gate=True,
+        learn_hyperplanes=True,
+    )
+    same.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 9, 32)
+    assert torch.equal(layer(x), same(x))
+    assert isinstance(layer.hyperplanes, nn.Parameter)
+    assert layer.hyperplanes.shape[0] == 4
+    assert RaceAttention.for_language_models(32, 4, conv_size=0, decay=None).decay is None
+    with pytest.raises(ValueError, match="decay: got 'per_token' with causal=False"):
+        RaceAttention.for_language_models(32, 4, causal=False)
+    with pytest.raises(TypeError, match="magic"):
+        RaceAttention.for_language_models(32, 4, magic=1)
+
+
+def test_preset_of_a_subclass_is_of_that_class():
+    class Mine(RaceAttention):
+        pass
+
+    assert type(Mine.for_language_models(16, 2)) is Mine

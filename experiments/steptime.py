@@ -1,0 +1,90 @@
+"""Times a training step of every row of a table, alone on the device: ``python -m experiments.steptime TABLE.toml``.
+
+Runs of a batch share a GPU, so their own times say little about methods. Here one model at a time takes steps as
+:mod:`experiments.run` does (recorded as a CUDA graph where that works), and the median goes into ``speed.json``
+beside the results of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.config import ConfigError, check
+from experiments.files import replacing
+from experiments.report import machine
+from experiments.run import Run, RunConfig, read_rows
+
+
+def milliseconds(config: RunConfig, *, data_dir: str | None, device: str, repeats: int = 5, steps: int = 10) -> float:
+    """The median over ``repeats`` of the mean time of ``steps`` steps, in milliseconds."""
+    run = Run(config, 0, data_dir=data_dir, device=device, quiet=True)
+    run.model.train()
+    batches = [run.task.batch(i, config.batch) for i in range(steps)]
+
+    def once() -> float:
+        _wait(run.device)
+        start = time.perf_counter()
+        for batch in batches:
+            run.train_step(batch)
+        _wait(run.device)
+        return (time.perf_counter() - start) / steps * 1e3
+
+    once()  # compiles, records the graph
+    return statistics.median(once() for _ in range(repeats))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.steptime", description=__doc__)
+    parser.add_argument("config", nargs="+")
+    parser.add_argument("--row", action="append", help="methods to time; default all")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--results", type=Path, default=Path("experiments/results"))
+    given = parser.parse_args(arguments)
+    try:
+        for config in given.config:
+            rows = {name.partition("@")[0]: row for name, row in reversed(read_rows(config).items())}
+            names = [name for name in reversed(rows) if given.row is None or name in given.row]
+            check(bool(names), "--row", given.row, "of " + ", ".join(rows))
+            _time_table(rows, names, given)
+    except (ConfigError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _time_table(rows: dict[str, RunConfig], names: Sequence[str], given: argparse.Namespace) -> None:
+    path = given.results / rows[names[0]].table / "speed.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"milliseconds": {}}
+    for name in names:
+        try:
+            found["milliseconds"][name] = round(
+                milliseconds(rows[name], data_dir=given.data_dir, device=given.device), 3
+            )
+        except (ConfigError, torch.OutOfMemoryError) as error:  # a method that cannot run here
+            print(f"{name}: {error}", flush=True)
+            continue
+        finally:
+            gc.collect()
+        found["machine"] = machine()
+        print(f"{rows[name].table}/{name}: {found['milliseconds'][name]} ms a step", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
