@@ -1,4 +1,4 @@
-"""One token: the state takes up its key and value in place and is read at once, all heads in one launch.
+"""One token: the state takes up its key and value and is read at once, all heads in one launch.
 
 Nothing is returned to the host and no shape depends on how many tokens came before, so a decoding loop can be
 captured in a CUDA graph.
@@ -6,15 +6,18 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import FLOOR, corner_signs, load_planes
 from .plan import power_of_two
+from .start import start
 
-#: Buckets of a tile, and elements of a state that a program holds at a time.
-TILE, HELD = 64, 8192
+#: Buckets of a tile; elements of a state that a program holds at a time, where one program has a whole head (in
+#: place: all of it reads the masses before any of it writes them) and where several share it.
+TILE, HELD, HELD_SHARED = 64, 8192, 2048
 
 
 @triton.jit
@@ -38,52 +41,59 @@ def _buckets(
     return tl.where(s < S, tl.exp2(logit.to(tl.float64)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["qb", "qh", "kb", "kh", "vb", "vh", "gb", "gh", "G"])
 def decode_kernel(
-    query, key, value, planes, beta, log_decay, mass, value_sum, out,
-    qb, qh, kb, kh, vb, vh, gb, gh, G,
+    query, key, value, planes, beta, log_decay, mass, value_sum, new_mass, new_value_sum, out,
+    qb: tl.int64, qh: tl.int64, kb: tl.int64, kh: tl.int64, vb: tl.int64, vh: tl.int64, gb: tl.int64, gh: tl.int64,
+    G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr,
     VP: tl.constexpr, VT: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
     HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Programs: B * G. The state goes through registers once where its buckets fit one tile, else it is read again."""
+    """Programs: B * G, parts of Dv. A part's state goes through registers once where its buckets fit one tile.
+
+    The masses are the same for all parts, and each writes them; so only a single one may work in place.
+    """
     S: tl.constexpr = L << P
-    row = (tl.program_id(0) // G).to(tl.int64)
-    group = tl.program_id(0) % G
+    row = tl.program_id(0) // G
+    group = tl.program_id(0) - row * G
     d = tl.arange(0, DP)
     k = tl.load(key + row * kb + group * kh + d, mask=d < D, other=0.0).to(tl.float32)
     b = tl.load(beta + group)
     kept = tl.full([], 1.0, tl.float64)
     if HAS_DECAY:
         kept = tl.exp(tl.load(log_decay + row * gb + group * gh).to(tl.float64))
-    mass += (row * G + group) * S
-    value_sum += (row * G + group) * S * V
+    state = (row * G + group) * S
+    mass += state
+    new_mass += state
+    value_sum += state * V
+    new_value_sum += state * V
+    query += row * qb + group * SHARE * qh
+    out += (row * G + group) * SHARE * V
+    first, step = tl.program_id(1) * VT, tl.num_programs(1) * VT
     for tile in range(NS):
         s = tile * SP + tl.arange(0, SP)
         phi = _buckets(k, planes, group, tile, b, S, L, P, D, DP, N, SP)
-        new_mass = tl.load(mass + s, mask=s < S, other=0.0).to(tl.float64) * kept + phi
-        tl.store(mass + s, new_mass.to(mass.dtype.element_ty), mask=s < S)
-        for part in range(0, VP, VT):
+        masses = tl.load(mass + s, mask=s < S, other=0.0).to(tl.float64) * kept + phi
+        tl.store(new_mass + s, masses.to(new_mass.dtype.element_ty), mask=s < S)
+        for part in range(first, VP, step):
             v = part + tl.arange(0, VT)
             x = tl.load(value + row * vb + group * vh + v, mask=v < V, other=0.0).to(tl.float64)
             here = (s < S)[:, None] & (v < V)[None, :]
-            at = value_sum + s[:, None] * V + v[None, :]
-            new_sum = tl.load(at, mask=here, other=0.0).to(tl.float64) * kept + phi[:, None] * x[None, :]
-            tl.store(at, new_sum.to(value_sum.dtype.element_ty), mask=here)
+            at = s[:, None] * V + v[None, :]
+            sums = tl.load(value_sum + at, mask=here, other=0.0).to(tl.float64) * kept + phi[:, None] * x[None, :]
+            tl.store(new_value_sum + at, sums.to(new_value_sum.dtype.element_ty), mask=here)
             if NS == 1:
                 for share in range(SHARE):
-                    head = group * SHARE + share
-                    q = tl.load(query + row * qb + head * qh + d, mask=d < D, other=0.0).to(tl.float32)
+                    q = tl.load(query + share * qh + d, mask=d < D, other=0.0).to(tl.float32)
                     phi_q = _buckets(q, planes, group, 0, b, S, L, P, D, DP, N, SP)
-                    result = tl.sum(phi_q[:, None] * new_sum, 0) / tl.sum(phi_q * new_mass, 0)
-                    to = out + (row * G * SHARE + head) * V + v
-                    tl.store(to, result.to(out.dtype.element_ty), mask=v < V)
+                    result = tl.sum(phi_q[:, None] * sums, 0) / tl.sum(phi_q * masses, 0)
+                    tl.store(out + share * V + v, result.to(out.dtype.element_ty), mask=v < V)
     if NS > 1:
         tl.debug_barrier()  # what was just written is read by other threads of the program
         for share in range(SHARE):
-            head = group * SHARE + share
-            q = tl.load(query + row * qb + head * qh + d, mask=d < D, other=0.0).to(tl.float32)
-            for part in range(0, VP, VT):
+            q = tl.load(query + share * qh + d, mask=d < D, other=0.0).to(tl.float32)
+            for part in range(first, VP, step):
                 v = part + tl.arange(0, VT)
                 numerator = tl.zeros([VT], tl.float64)
                 denominator = tl.zeros([], tl.float64)
@@ -91,11 +101,22 @@ def decode_kernel(
                     s = tile * SP + tl.arange(0, SP)
                     phi_q = _buckets(q, planes, group, tile, b, S, L, P, D, DP, N, SP)
                     here = (s < S)[:, None] & (v < V)[None, :]
-                    sums = tl.load(value_sum + s[:, None] * V + v[None, :], mask=here, other=0.0).to(tl.float64)
+                    at = s[:, None] * V + v[None, :]
+                    sums = tl.load(new_value_sum + at, mask=here, other=0.0).to(tl.float64)
                     numerator += tl.sum(phi_q[:, None] * sums, 0)
-                    denominator += tl.sum(phi_q * tl.load(mass + s, mask=s < S, other=0.0).to(tl.float64), 0)
-                to = out + (row * G * SHARE + head) * V + v
-                tl.store(to, (numerator / denominator).to(out.dtype.element_ty), mask=v < V)
+                    denominator += tl.sum(phi_q * tl.load(new_mass + s, mask=s < S, other=0.0).to(tl.float64), 0)
+                result = numerator / denominator
+                tl.store(out + share * V + v, result.to(out.dtype.element_ty), mask=v < V)
+
+
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None,
+    mass: Tensor, value_sum: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`decode_`, with the state after the token in new tensors: (out, mass, value_sum)."""
+    mass, value_sum = mass.contiguous(), value_sum.contiguous()
+    new = torch.empty_like(mass), torch.empty_like(value_sum)
+    return _launch(query, key, value, hyperplanes, beta, log_decay, (mass, value_sum), new), *new
 
 
 def decode_(
@@ -125,27 +146,38 @@ def decode_(
     Raises:
         ValueError: a state is not contiguous, or shapes do not fit.
     """
+    if not (mass.is_contiguous() and value_sum.is_contiguous()):
+        raise ValueError("mass, value_sum: got strided tensors, allowed are contiguous ones, changed in place")
+    state = mass, value_sum
+    return _launch(query, key, value, hyperplanes, beta, log_decay, state, state)
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None,
+    state: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
     batch, heads, dim = query.shape
     groups, tables, planes = hyperplanes.shape[:3]
-    value_dim = value.shape[2]
+    value_dim, (mass, value_sum) = value.shape[2], state
     if value_sum.shape != (batch, groups, tables, 1 << planes, value_dim) or mass.shape != value_sum.shape[:4]:
         raise ValueError(
             f"value_sum: got {tuple(value_sum.shape)} and a mass of {tuple(mass.shape)}, allowed is "
             f"{(batch, groups, tables, 1 << planes, value_dim)} and the same without the last"
         )
-    if not (mass.is_contiguous() and value_sum.is_contiguous()):
-        raise ValueError("mass, value_sum: got strided tensors, allowed are contiguous ones, changed in place")
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     out = query.new_empty(batch, heads, value_dim)
     if out.numel() == 0:
         return out
     padded = power_of_two(value_dim, 16)
     tile = min(TILE, power_of_two(tables << planes, 16))
-    decay_strides = (0, 0) if log_decay is None else log_decay.stride()
-    decode_kernel[(batch * groups,)](
+    width = min(padded, (HELD if new is state else HELD_SHARED) // tile)
+    start(
+        decode_kernel, (batch * groups, 1 if new is state else padded // width),
         query, key, value, hyperplanes.contiguous(), beta.contiguous(), beta if log_decay is None else log_decay,
-        mass, value_sum, out, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *decay_strides, groups,
+        *state, *new, out, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        *((0, 0) if log_decay is None else log_decay.stride()), groups,
         SHARE=heads // groups, L=tables, P=planes, D=dim, V=value_dim, DP=power_of_two(dim, 16), VP=padded,
-        VT=min(padded, HELD // tile), N=power_of_two(max(1, min(tables, tile >> planes)) * planes, 16), SP=tile,
-        NS=-(-(tables << planes) // tile), HAS_DECAY=log_decay is not None, num_warps=8,
+        VT=width, N=power_of_two(max(1, min(tables, tile >> planes)) * planes, 16), SP=tile,
+        NS=-(-(tables << planes) // tile), HAS_DECAY=log_decay is not None, num_warps=8 if new is state else 4,
     )  # fmt: skip
     return out
