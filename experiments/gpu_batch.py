@@ -108,7 +108,9 @@ def read_queue(path: Path) -> list[Job]:
                 group = tuple(row for row in rows if name in (row, row.partition("@")[0]))
                 check(bool(group), f"{where}.rows", name, "one of " + ", ".join(rows))
                 for chosen in [group] if entry.get("best") else [(row,) for row in group]:
-                    jobs.setdefault((entry["config"], chosen, seed), Job(file, table, chosen, seed, entry.get("seconds")))
+                    jobs.setdefault(
+                        (entry["config"], chosen, seed), Job(file, table, chosen, seed, entry.get("seconds"))
+                    )
     return list(jobs.values())
 
 

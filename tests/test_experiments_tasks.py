@@ -16,6 +16,8 @@ from experiments.data import local
 from experiments.data.files import read_idx
 from experiments.data.local import DataError, read_checked
 from experiments.models import DecoderLM, HeadConfig, MaskedLM, ModelConfig, SequenceClassifier, VisionTransformer
+from experiments.recall_plot import curves
+from experiments.recall_plot import main as recall_main
 from experiments.run import OutOfTime, Run, RunConfig, main, merge, read_rows
 from experiments.tables import main as tables_main
 from experiments.tables import markdown, plot, read_table
@@ -467,3 +469,16 @@ def test_every_method_trains_in_bfloat16(mixer, name, data, tmp_path):
     result = run_of(config, data, tmp_path).train()
     assert result["error"] is None
     assert result["final"]["train_loss"] < 10
+
+
+def test_recall_is_drawn_against_the_size_of_the_state(tmp_path):
+    for row, valid in (("race-2x2", 0.2), ("race-4x4", 0.9), ("race-2x2-conv", 0.5), ("softmax", 1.0)):
+        searched(tmp_path / "mqar", row, 0, valid, valid, metric="accuracy", higher_is_better=True)
+    variants, others = curves(read_table(tmp_path / "mqar"))
+    assert {name: [s for s, _ in found] for name, found in variants.items()} == {
+        "RACE, bare": [8, 64],
+        "RACE, conv": [8],
+    }
+    assert [row.name for row in others] == ["softmax"]
+    recall_main([str(tmp_path / "m.svg"), "--results", str(tmp_path)])
+    assert (tmp_path / "m.svg").stat().st_size > 1000
