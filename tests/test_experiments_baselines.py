@@ -279,3 +279,60 @@ def test_optional_package_is_named_where_it_is_missing_and_called_where_it_is_no
     assert torch.equal(mixer.layer.mask, (~padding).double())
     with pytest.raises(ValueError, match="keeps none"):
         mixer(x, return_state=True)
+
+
+@pytest.mark.parametrize("length", [1, LENGTH, 300])
+def test_linear_with_decay_is_a_recurrence(length):
+    mixer = mixer_of("linear", True, decay="per_token")
+    torch.nn.init.normal_(mixer.decay_weight)
+    x = tokens(length=length)
+    query, key, value = heads(mixer, x)
+    decay = mixer.log_decay(x).exp().double()
+    out = torch.zeros_like(value)
+    for b in range(2):
+        for h in range(2):
+            total, count = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+            for t in range(length):
+                k = elu1(key[b, t, h])
+                total = decay[b, t, h] * total + torch.outer(k, value[b, t, h])
+                count = decay[b, t, h] * count + k
+                q = elu1(query[b, t, h])
+                out[b, t, h] = q @ total / (q @ count)
+    torch.testing.assert_close(mixer(x), mixer.out(out.flatten(-2)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear"])
+def test_convolution_and_gate_around_a_baseline(name):
+    mixer = mixer_of(name, True, conv_size=3, norm_gate=True)
+    bare = mixer_of(name, True)
+    x = tokens()
+    channels = torch.nn.functional.pad(mixer.qkv(x).transpose(1, 2), (2, 0))
+    channels = torch.nn.functional.conv1d(channels, mixer.conv_weight.unsqueeze(1), groups=24).transpose(1, 2)
+    bare.qkv, bare.out = torch.nn.Identity(), torch.nn.Identity()
+    mixed = bare(channels).unflatten(-1, (2, 4))
+    mixed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.head_norm.weight
+    gate = mixer.gate(x)
+    want = mixer.out(mixed.flatten(-2) * gate * gate.sigmoid())
+    torch.testing.assert_close(mixer(x), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "causal", "options", "message"),
+    [
+        ("softmax", False, {"conv_size": 3}, "conv_size: got 3 with causal=False"),
+        ("linear", False, {"decay": "per_token"}, "decay: got 'per_token' with causal=False"),
+        ("linear", True, {"decay": "fast"}, "decay: got 'fast'"),
+    ],
+)
+def test_options_that_a_baseline_refuses(name, causal, options, message):
+    with pytest.raises(ConfigError, match=message):
+        mixer_of(name, causal, **options)
+
+
+def test_softmax_with_a_gate_keeps_its_state_and_with_a_convolution_none():
+    mixer, x = mixer_of("softmax", True, norm_gate=True), tokens()
+    first, state = mixer(x[:, :5], return_state=True)
+    second, _ = mixer(x[:, 5:], state=state, return_state=True)
+    torch.testing.assert_close(torch.cat((first, second), dim=1), mixer(x))
+    with pytest.raises(ValueError, match="with conv_size"):
+        mixer_of("softmax", True, conv_size=2)(x, return_state=True)

@@ -39,17 +39,21 @@ class LinearMixer(ProjectedMixer):
         start = torch.logit(multiscale_log_decay(heads, longest=2.0**16).exp()).float()
         self.decay_logit = nn.Parameter(start) if decay else None
         self.decay_weight = nn.Parameter(torch.randn(heads, dim) * 0.02) if decay else None
+        self._log_decay: Tensor | None = None
 
     def forward(self, x: Tensor, **keywords: Any) -> Any:
-        self._log_decay = self.log_decay(x)
-        return super().forward(x, **keywords)
+        self._log_decay = self.log_decay(x)  # for attend, which does not see x
+        try:
+            return super().forward(x, **keywords)
+        finally:
+            self._log_decay = None
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """[B, T, H] of x [B, T, E]; None without decay."""
         if self.decay_logit is None or self.decay_weight is None:
             return None
         with torch.autocast(x.device.type, enabled=False):
-            return F.logsigmoid(self.decay_logit + F.linear(x.float(), self.decay_weight))
+            return F.logsigmoid(self.decay_logit + F.linear(x.to(self.decay_weight.dtype), self.decay_weight))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
         query, key = F.elu(query) + 1, F.elu(key) + 1
