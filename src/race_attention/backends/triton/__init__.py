@@ -2,7 +2,7 @@
 
     device.py    what the kernels share: tiles, soft buckets and their gradients, decay inside a block
     states.py    the state of each run of tokens, and the scan over them
-    causal.py, wide.py, full.py    readout and gradients: buckets in one tile, in several, not causal
+    causal.py, causal_gradients.py, wide.py, full.py    buckets in one tile, in several, not causal
     decode.py    one token in place on the state
     plan.py, configs.py          runs of tokens, configurations
     launch.py, launch_*.py       host code of the launches: shared, then by what they launch
@@ -58,7 +58,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, mass, value_sum) of a call that :func:`why_not` allows; the states are float64, or None if not wanted."""
     from .ops import triton_forward
 
-    out, mass, value_sum, _ = triton_forward(
+    out, mass, value_sum = triton_forward(
         call.query,
         call.key,
         call.value,
@@ -71,5 +71,5 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
         call.initial_mass,
         call.initial_value_sum,
         call.causal,
-    )
+    )[:3]
     return (out, mass, value_sum) if call.return_state else (out, None, None)

@@ -37,8 +37,10 @@ LONGEST_RUN = 2048
 KERNELS = (
     "accumulate",
     "causal_readout",
+    "causal_adjoint",
     "causal_query_gradient",
     "causal_key_gradient",
+    "full_accumulate",
     "full_readout",
     "full_query_gradient",
     "full_key_gradient",
@@ -74,12 +76,14 @@ def key(kernel: str, dim: int, value_dim: int, buckets: int, dtype: torch.dtype)
 #: (block, warps, stages) by buckets of a tile, 16-bit inputs, D and Dv up to 128: measured on an H200 with D = 128.
 _MEASURED = {
     "accumulate": {16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
-    "causal_readout": {16: (32, 2, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
-    "causal_query_gradient": {16: (32, 2, 2), 32: (64, 4, 1), 64: (64, 4, 1)},
-    "causal_key_gradient": {16: (16, 2, 2), 32: (16, 2, 2), 64: (16, 4, 2)},
-    "full_readout": {16: (16, 2, 2), 32: (16, 2, 2), 64: (32, 4, 2)},
-    "full_query_gradient": {16: (32, 2, 2), 32: (64, 4, 1), 64: (64, 4, 1)},
-    "full_key_gradient": {16: (32, 2, 2), 32: (16, 2, 2), 64: (32, 4, 2)},
+    "causal_readout": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 1)},
+    "causal_adjoint": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
+    "causal_query_gradient": {16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
+    "causal_key_gradient": {16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
+    "full_accumulate": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 2)},
+    "full_readout": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3)},
+    "full_query_gradient": {16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
+    "full_key_gradient": {16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
 }
 
 

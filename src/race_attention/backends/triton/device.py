@@ -11,12 +11,19 @@ A tile is SP consecutive buckets of a head: whole tables, or part of one. Bucket
 
 from __future__ import annotations
 
+import os
+
+import torch
 import triton
 import triton.language as tl
 
 from race_attention.features import FLOOR as _FLOOR
 
 FLOOR = tl.constexpr(_FLOOR)
+LOG2_E = tl.constexpr(1.4426950408889634)
+#: Whether one instruction of NVIDIA's may stand for a call of its mathematical library, which for a logarithm is
+#: thirty: the approximations are good to 2**-22, and the packed conversion rounds as the plain one does.
+PTX = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @triton.jit
@@ -97,6 +104,90 @@ def store_state(base, tile, value_sum, mass, S: tl.constexpr, SP: tl.constexpr, 
 
 
 @triton.jit
+def load_half(
+    base, half: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VH: tl.constexpr, TALL: tl.constexpr
+):
+    """Columns half * VH and on of a state's value sums, [SP, VH], or [VH, SP] where not TALL.
+
+    A product whose rows are as many as its columns has its warps one below the other: sums stay in their registers
+    from product to product. Hence halves of Dv, and the buckets down only where they are 64.
+    """
+    s = tl.arange(0, SP)
+    v = half * VH + tl.arange(0, VH)
+    if TALL:
+        return tl.load(base + s[:, None] * V + v[None, :], mask=(s < S)[:, None] & (v < V)[None, :], other=0.0)
+    else:
+        return tl.load(base + s[None, :] * V + v[:, None], mask=(s < S)[None, :] & (v < V)[:, None], other=0.0)
+
+
+@triton.jit
+def store_half(
+    base, half: tl.constexpr, x, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VH: tl.constexpr,
+    TALL: tl.constexpr,
+):  # fmt: skip
+    s = tl.arange(0, SP)
+    v = half * VH + tl.arange(0, VH)
+    if TALL:
+        tl.store(base + s[:, None] * V + v[None, :], x, mask=(s < S)[:, None] & (v < V)[None, :])
+    else:
+        tl.store(base + s[None, :] * V + v[:, None], x, mask=(s < S)[None, :] & (v < V)[:, None])
+
+
+@triton.jit
+def load_mass(base, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr):
+    s = tl.arange(0, SP)
+    return tl.load(base + S * V + s, mask=s < S, other=0.0)
+
+
+@triton.jit
+def store_mass(base, x, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr):
+    s = tl.arange(0, SP)
+    tl.store(base + S * V + s, x, mask=s < S)
+
+
+@triton.jit
+def by_bucket(half, TALL: tl.constexpr):
+    """A half of a state as [SP, VH]."""
+    return half if TALL else tl.trans(half)
+
+
+@triton.jit
+def by_value(half, TALL: tl.constexpr):
+    """A half of a state as [VH, SP]."""
+    return tl.trans(half) if TALL else half
+
+
+@triton.jit
+def taken_up(half, rows, weights, TALL: tl.constexpr, PRECISION: tl.constexpr):
+    """A half of a state, and the tokens' rows [C, VH] with their weights [C, SP] added."""
+    if TALL:
+        return add_dot(half, tl.trans(weights), rows, PRECISION)
+    else:
+        return add_dot(half, tl.trans(rows), weights, PRECISION)
+
+
+@triton.jit
+def load_features(base, start, inside, C: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr):
+    """phi [C, SP] of the tokens from ``start`` on, of rows SW apart (S rounded up to 8), zero past them."""
+    s = tl.arange(0, SP)
+    mask = inside[:, None]
+    if SP != SW:
+        mask = mask & (s < SW)[None, :]
+    pointer = (base + start * SW) + (tl.arange(0, C)[:, None] * SW + s[None, :])
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_features(base, start, inside, phi, C: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr):
+    s = tl.arange(0, SP)
+    mask = inside[:, None]
+    if SP != SW:
+        mask = mask & (s < SW)[None, :]
+    pointer = (base + start * SW) + (tl.arange(0, C)[:, None] * SW + s[None, :])
+    tl.store(pointer, phi, mask=mask)
+
+
+@triton.jit
 def store_planes(base, part, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """Writes x [DP, N] as part number ``part`` of the sums for the hyperplanes' gradient, [parts, N, D] float32."""
     n = tl.arange(0, N)
@@ -105,9 +196,54 @@ def store_planes(base, part, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constex
 
 
 @triton.jit
+def inverse_of(x):
+    """1 / x of a positive x."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def log2_of(x):
+    """log2 of a normal x."""
+    if PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def bfloat16_of(x):
+    """A float32 x rounded to bfloat16, two at a time: alone each would take the slow unit's turn."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def float16_of(x):
+    """A float32 x rounded to float16, two at a time."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float16)
+
+
+@triton.jit
 def operand(x, PRECISION: tl.constexpr):
     """x as an operand of :func:`dot`. Never float16, whose exponent is too short for a soft bucket."""
-    return x.to(tl.bfloat16) if PRECISION == "bf16" else x.to(tl.float32)
+    if PRECISION != "bf16":
+        return x.to(tl.float32)
+    elif x.dtype == tl.float32:
+        return bfloat16_of(x)
+    else:
+        return x.to(tl.bfloat16)
 
 
 @triton.jit
@@ -116,6 +252,15 @@ def dot(a, b, PRECISION: tl.constexpr):
         return tl.dot(a, b)
     else:
         return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_dot(total, a, b, PRECISION: tl.constexpr):
+    """total + a b, in the registers of the total."""
+    if PRECISION == "bf16":
+        return tl.dot(a, b, total)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -130,10 +275,10 @@ def fine_dot(a, b, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
         return tl.dot(a.to(tl.float32), b, input_precision="ieee")
     else:
-        high = b.to(tl.bfloat16)
-        low = (b - high.to(tl.float32)).to(tl.bfloat16)
+        high = bfloat16_of(b)
+        low = bfloat16_of(b - high.to(tl.float32))
         coarse = a.to(tl.bfloat16)
-        result = tl.dot(coarse, high) + tl.dot(coarse, low)
+        result = tl.dot(coarse, low, tl.dot(coarse, high))
         if a.dtype != tl.bfloat16:  # float16 has three bits more
             result += tl.dot((a.to(tl.float32) - coarse.to(tl.float32)).to(tl.bfloat16), high)
         return result
@@ -150,6 +295,18 @@ def load_planes(
     row = ((tile * SP) >> P) * P + n
     pointer = planes + (head.to(tl.int64) * (L * P) + row)[:, None] * D + d[None, :]
     return tl.load(pointer, mask=(row < L * P)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_half_planes(
+    planes, head, half: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DH: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """[N, DH] columns half * DH and on of all a head's hyperplanes."""
+    n = tl.arange(0, N)
+    d = half * DH + tl.arange(0, DH)
+    pointer = planes + (head.to(tl.int64) * (L * P) + n)[:, None] * D + d[None, :]
+    return tl.load(pointer, mask=(n < L * P)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -176,8 +333,24 @@ def sum_of(x, choice, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
         return tl.dot(x, choice, input_precision="ieee")
     else:
-        high = x.to(tl.bfloat16)
-        return tl.dot(high, choice) + tl.dot((x - high.to(tl.float32)).to(tl.bfloat16), choice)
+        high = bfloat16_of(x)
+        return tl.dot(bfloat16_of(x - high.to(tl.float32)), choice, tl.dot(high, choice))
+
+
+@triton.jit
+def sides(y, beta):
+    """(r, 1 - r, e) of a projection y: tanh(y) = 1 - 2r, and the odds of the -1 side e = exp(-2 beta tanh(y)).
+
+    The factor of a side is f+- = (1 - F) sigmoid(+-z) + F/2 with z = 2 beta tanh(y), so
+
+        f+ = (1 - F/2 + (F/2) e) / (1 + e)        f- = ((1 - F/2) e + F/2) / (1 + e)
+
+    without cancellation at either end; past odds of 2**40 both are constant.
+    """
+    grown = tl.exp2(tl.minimum(y * (2.0 * LOG2_E), 100.0))
+    r = inverse_of(1.0 + grown)
+    odds = tl.exp2(tl.minimum(tl.maximum((2.0 * r - 1.0) * (beta * (2.0 * LOG2_E)), -40.0), 40.0))
+    return r, grown * r, odds
 
 
 @triton.jit
@@ -186,16 +359,18 @@ def buckets(
 ):  # fmt: skip
     """phi [C, SP] of a tile, times 2**(LIFT * P), float32; zero past the last bucket.
 
-    The factor of a sign is f+- = (1 - F) sigmoid(+-z) + F/2, z = 2 beta tanh(y), without cancellation at either end;
-    a bucket is the exponential of a sum of their logarithms, and the sum is a product with zeros and ones.
+    A bucket is the exponential of a sum of its factors' logarithms, and the sum is a product with zeros and ones.
+    The logarithms are at most 14 + LIFT in size: float16 has 11 bits for them, and phi in bfloat16 keeps 8.
     """
-    away = tl.exp(-2.0 * tl.abs(y))
-    small = tl.exp(-2.0 * beta * (1.0 - away) / (1.0 + away))
-    large = (1.0 - FLOOR) / (1.0 + small)
-    log_small = tl.log2(small * large + 0.5 * FLOOR) + LIFT
-    log_large = tl.log2(large + 0.5 * FLOOR) + LIFT
-    logit = sum_of(tl.where(y >= 0, log_large, log_small), up, PRECISION)
-    logit += sum_of(tl.where(y >= 0, log_small, log_large), down, PRECISION)
+    r, rest, odds = sides(y, beta)
+    base = LIFT - log2_of(1.0 + odds)
+    log_up = log2_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR)) + base
+    log_down = log2_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR) + base
+    if PRECISION == "ieee":
+        logit = tl.dot(log_up, up, input_precision="ieee") + tl.dot(log_down, down, input_precision="ieee")
+    else:
+        logit = tl.dot(float16_of(log_up), up.to(tl.float16))
+        logit = tl.dot(float16_of(log_down), down.to(tl.float16), logit)
     if S % SP != 0:
         # A sum and not a mask, whose predicates would be kept through the loop.
         s = tile * SP + tl.arange(0, SP)
@@ -210,18 +385,13 @@ def bucket_gradients(dphi_phi, y, beta, up, down, PRECISION: tl.constexpr):
     phi is a product, so d phi / dz is phi times the slope of one factor's logarithm, and only the sums of
     dphi * phi over the buckets of either side of a plane are needed.
     """
-    away = tl.exp(-2.0 * tl.abs(y))
-    soft = (1.0 - away) / (1.0 + away)
-    small = tl.exp(-2.0 * beta * soft)
-    large = 1.0 / (1.0 + small)
-    bell = (1.0 - FLOOR) * small * large * large  # (1 - F) sigmoid(z) sigmoid(-z), the slope of f+
-    at_large = bell / ((1.0 - FLOOR) * large + 0.5 * FLOOR)
-    at_small = bell / ((1.0 - FLOOR) * small * large + 0.5 * FLOOR)
-    rise = tl.where(y >= 0, at_large, at_small)
-    fall = tl.where(y >= 0, at_small, at_large)
+    r, rest, odds = sides(y, beta)
+    bell = odds * inverse_of(1.0 + odds) * (1.0 - FLOOR)  # (1 - F) sigmoid(z) sigmoid(-z) (1 + e), the slope of f+
+    rise = bell * inverse_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR))
+    fall = bell * inverse_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR)
     dz = sum_of(dphi_phi, tl.trans(up), PRECISION) * rise - sum_of(dphi_phi, tl.trans(down), PRECISION) * fall
-    dz_dy = 8.0 * beta * away / ((1.0 + away) * (1.0 + away))  # 2 beta (1 - tanh(y)**2)
-    return dz * dz_dy, dz * tl.where(y >= 0, 2.0 * soft, -2.0 * soft)
+    dz_dy = (8.0 * beta) * (r * rest)  # 2 beta (1 - tanh(y)**2)
+    return dz * dz_dy, dz * (2.0 * (rest - r))
 
 
 @triton.jit
@@ -247,3 +417,37 @@ def load_decay(base, stride, start, end, C: tl.constexpr):
     whole = tl.floor(x + 0.5)
     part = x - whole
     return tl.cumsum(whole, 0), tl.cumsum(part, 0), tl.sum(whole, 0), tl.sum(part, 0)
+
+
+@triton.jit
+def block_decay(base, stride, start, end, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(whole, part, since, left, kept, total) of a block.
+
+    Running sums of log_decay as :func:`fading` takes them; what the state before the block keeps at each token [C];
+    what each token keeps at the end [C]; what the state keeps in all, and that one's logarithm.
+
+    In bfloat16 one plain sum does: a token that forgets more than a float32 can tell counts as 88, so that sums stay
+    below 2**13 and their differences good to 2**-10 at the very worst.
+    """
+    if PRECISION == "bf16":
+        c = tl.arange(0, C)
+        x = tl.load(base + (start + c) * stride, mask=start + c < end, other=0.0).to(tl.float32)
+        x = tl.maximum(x, -88.0)
+        whole = tl.cumsum(x, 0)
+        total = tl.sum(x, 0)
+        return whole * LOG2_E, whole, tl.exp(whole), tl.exp(total - whole), tl.exp(total), total
+    else:
+        whole, part, all_whole, all_part = load_decay(base, stride, start, end, C)
+        left = tl.exp((all_whole - whole) + (all_part - part))
+        return whole, part, tl.exp(whole + part), left, tl.exp(all_whole + all_part), all_whole + all_part
+
+
+@triton.jit
+def fading(whole, part, past, KEYS_DOWN: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, C] what is left of a key at a query, and 0 where the key is not past. Queries down, or KEYS_DOWN."""
+    age = whole[None, :] - whole[:, None] if KEYS_DOWN else whole[:, None] - whole[None, :]
+    if PRECISION == "bf16":
+        return tl.exp2(tl.where(past, age, -1000.0))
+    else:
+        age += part[None, :] - part[:, None] if KEYS_DOWN else part[:, None] - part[None, :]
+        return tl.exp(tl.where(past, age, -1000.0))

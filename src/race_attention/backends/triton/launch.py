@@ -18,7 +18,11 @@ REDUCED = 32
 
 @dataclass
 class Problem:
-    """The tensors of a call as the kernels read them, and its shape class."""
+    """The tensors of a call as the kernels read them, and its shape class.
+
+    ``inverses`` are 1 / denominators, [B, H, Tq], which the forward pass fills and the backward pass reads where it
+    has any, as it reads ``out``.
+    """
 
     query: Tensor
     key: Tensor
@@ -32,6 +36,8 @@ class Problem:
     causal: bool
     shape: plan.Shape
     grad_out: Tensor | None = None
+    out: Tensor | None = None
+    inverses: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value = map(_unit_stride, (self.query, self.key, self.value))

@@ -1,7 +1,8 @@
 """The operators ``race_attention::triton_forward`` and ``triton_backward``: schema, fakes, autograd.
 
 Nothing here imports Triton; the kernels come with the first launch. The forward pass keeps for the backward pass
-its inputs and the state before each run of tokens (causal) or of each row (not), float32.
+its inputs and the state before each run of tokens (causal) or of each row (not), float32; and where its kernels use
+them, out and the inverses of the denominators.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ _INPUTS = (
     "Tensor? cu_seqlens, Tensor? cu_seqlens_key"
 )
 _library.define(
-    f"triton_forward({_INPUTS}, Tensor? mass, Tensor? value_sum, bool causal) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"triton_forward({_INPUTS}, Tensor? mass, Tensor? value_sum, bool causal) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"triton_backward(Tensor grad_out, Tensor? grad_mass, Tensor? grad_value_sum, {_INPUTS}, Tensor? final_mass, "
-    "Tensor? final_value_sum, Tensor states, bool causal, bool need_planes) "
+    "Tensor? final_value_sum, Tensor? out, Tensor states, Tensor inverses, bool causal, bool need_planes) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 triton_forward = torch.ops.race_attention.triton_forward.default
@@ -68,8 +70,8 @@ def _forward_kernels(
     mass: Tensor | None,
     value_sum: Tensor | None,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, final mass, final value_sum, states kept for the backward pass). Arguments as in ``Call``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final mass, final value_sum, states and inverses kept for the backward pass). Arguments as in ``Call``."""
     from . import passes
 
     return passes.forward(
@@ -91,7 +93,7 @@ def _(
     mass: Tensor | None,
     value_sum: Tensor | None,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, queries, heads = query.shape[:3]
     groups, value_dim = value.shape[2:]
     tables, planes = hyperplanes.shape[1:3]
@@ -102,6 +104,7 @@ def _(
         query.new_empty(rows, groups, tables, 1 << planes, dtype=wide),
         query.new_empty(rows, groups, tables, 1 << planes, value_dim, dtype=wide),
         kept_states(query, value, hyperplanes, rows, causal),
+        kept_inverses(query, value, hyperplanes, causal),
     )
 
 
@@ -114,6 +117,13 @@ def kept_states(query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, ca
         longest = plan.run_lengths(shape)[1]
         count = plan.capacity(query.shape[0], query.shape[1], rows, int(groups), longest)
     return query.new_empty(count, groups, shape.state_size, dtype=torch.float32)
+
+
+def kept_inverses(query: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:
+    """The buffer for 1 / denominators, [B, H, Tq], where the backward pass reads them; else empty."""
+    batch, queries, heads = query.shape[:3]
+    wanted = causal and shape_of(query, value, hyperplanes).narrow
+    return query.new_empty((batch, heads, queries) if wanted else (0,), dtype=torch.float32)
 
 
 def _backward_kernels(
@@ -131,7 +141,9 @@ def _backward_kernels(
     cu_seqlens_key: Tensor | None,
     final_mass: Tensor | None,
     final_value_sum: Tensor | None,
+    out: Tensor | None,
     states: Tensor,
+    inverses: Tensor,
     causal: bool,
     need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -143,7 +155,7 @@ def _backward_kernels(
 
     return passes.backward(
         grad_out, grad_mass, grad_value_sum, query, key, value, hyperplanes, beta, log_decay, key_mask,
-        cu_seqlens, cu_seqlens_key, final_mass, final_value_sum, states, causal, need_planes,
+        cu_seqlens, cu_seqlens_key, final_mass, final_value_sum, out, states, inverses, causal, need_planes,
     )  # fmt: skip
 
 
@@ -163,7 +175,9 @@ def _(
     cu_seqlens_key: Tensor | None,
     final_mass: Tensor | None,
     final_value_sum: Tensor | None,
+    out: Tensor | None,
     states: Tensor,
+    inverses: Tensor,
     causal: bool,
     need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -196,15 +210,16 @@ class _Differentiable(torch.autograd.Function):
         *tensors, mass, value_sum, ctx.causal = inputs
         # The gradient of log_decay is anchored at the final state; nothing else needs that.
         final = output[1:3] if inputs[5] is not None else (None, None)
-        ctx.save_for_backward(*tensors, *final, output[3])
+        out = output[0] if output[4].numel() else None
+        ctx.save_for_backward(*tensors, *final, out, *output[3:])
         ctx.initial = None if mass is None else (mass.dtype, value_sum.dtype)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[3])
+        ctx.mark_non_differentiable(*output[3:])
         return output
 
     @staticmethod
     def backward(
-        ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_value_sum: Tensor | None, _: Tensor | None
+        ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_value_sum: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         query, value, log_decay = saved[0], saved[2], saved[5]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import launch_causal, launch_full, launch_wide
 from .launch import ParameterSums, Problem, on
-from .ops import shape_of
+from .ops import kept_inverses, shape_of
 
 
 def _launches_of(problem: Problem) -> ModuleType:
@@ -21,29 +21,30 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None,
     key_mask: Tensor | None, bounds: Tensor | None, key_bounds: Tensor | None, mass: Tensor | None,
     value_sum: Tensor | None, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, final mass, final value_sum, states): what the operator ``triton_forward`` returns."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, final mass, final value_sum, states, inverses): what the operator ``triton_forward`` returns."""
     shape = shape_of(query, value, hyperplanes)
     p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
+    p.inverses = kept_inverses(query, value, hyperplanes, causal)
     with on(query.device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p).forward(p, (mass, value_sum))
-    return result
+    return *result, p.inverses
 
 
 def backward(
     grad_out: Tensor, grad_mass: Tensor | None, grad_value_sum: Tensor | None, query: Tensor, key: Tensor,
     value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None, key_mask: Tensor | None,
     bounds: Tensor | None, key_bounds: Tensor | None, final_mass: Tensor | None, final_value_sum: Tensor | None,
-    kept: Tensor, causal: bool, need_planes: bool,
+    out: Tensor | None, kept: Tensor, inverses: Tensor, causal: bool, need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the operator ``triton_backward`` returns.
 
-    Two passes over the tokens: from the queries, which leaves the gradient of the state before each run, and, after
-    the scan over those, from the keys.
+    From the queries comes the gradient of the state before each run, and, after the scan over those, that of the keys.
     """
     shape = shape_of(query, value, hyperplanes)
     p = Problem(
-        query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape, grad_out
+        query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape, grad_out,
+        out, inverses,
     )  # fmt: skip
     with on(query.device):
         sums = ParameterSums(p, need_planes)

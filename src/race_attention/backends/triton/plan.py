@@ -49,6 +49,11 @@ class Shape:
         return self.tables << self.planes
 
     @property
+    def row(self) -> int:
+        """SW, the numbers of a token's stored buckets: whole pieces of 16 bytes."""
+        return -(-self.buckets // 8) * 8
+
+    @property
     def state_size(self) -> int:
         return self.buckets * (self.value_dim + 1)
 
