@@ -66,6 +66,7 @@ class TrainStep:
 
     def compile_blocks(self) -> None:
         """Compiles every block; they are alike, so that one compilation serves all."""
+        torch._dynamo.reset()  # models of earlier runs in this process count against the limit of recompilations
         for module in self.model.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
