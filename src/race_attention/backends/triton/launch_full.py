@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import full, plan
+from . import full, full_wide, plan
 from .launch import ParameterSums, Problem, pointer_or
 from .launch_states import accumulate, scan
 from .ops import kept_states
@@ -17,22 +17,39 @@ State = tuple[Tensor | None, Tensor | None]
 def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, final mass, final value_sum, the state of each row's keys)."""
     runs = p.runs(of_keys=True)
-    parts, totals = accumulate(p, runs)
+    parts = _accumulate(p, runs)
     seen = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=False)
     if p.bounds is not None and not p.shape.narrow:
         seen.zero_()
-    mass, value_sum = scan(p, runs, parts, totals, seen, initial)
-    return readout(p, p.runs(of_keys=False), seen), mass, value_sum, seen
+    mass, value_sum = scan(p, runs, parts, p.beta, seen, initial)
+    return _readout(p, p.runs(of_keys=False), seen), mass, value_sum, seen
 
 
-def readout(p: Problem, runs: plan.Runs, seen: Tensor) -> Tensor:
+def _accumulate(p: Problem, runs: plan.Runs) -> Tensor:
+    """The state that the keys of each run leave."""
+    if not p.shape.narrow:
+        return accumulate(p, runs)[0]
+    parts = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
+    if runs.count * p.groups:
+        start(
+            full.accumulate_kernel, (runs.count * p.groups,),
+            p.key, p.value, pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta),
+            parts, *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
+            p.keys, runs.length, runs.per_row, p.groups, HAS_MASK=p.key_mask is not None,
+            **p.options("full_accumulate", tiles=False),
+        )  # fmt: skip
+    return parts
+
+
+def _readout(p: Problem, runs: plan.Runs, seen: Tensor) -> Tensor:
     """out of the queries, from the state of their row."""
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
     if runs.count * p.heads:
         start(
-            full.readout_kernel, (runs.count * p.heads,),
+            full.readout_kernel if p.shape.narrow else full_wide.readout_kernel, (runs.count * p.heads,),
             p.query, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), seen, out, *p.query.stride()[:3],
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **p.options("full_readout", tiles=True),
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
+            **p.options("full_readout", tiles=not p.shape.narrow),
         )  # fmt: skip
     return out
 
@@ -45,23 +62,24 @@ def backward(
     runs, key_runs, shape = p.runs(of_keys=False), p.runs(of_keys=True), p.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value))
     adjoints = p.new(max(runs.count, 1), p.heads, shape.state_size)
+    kernels = full if shape.narrow else full_wide
     if runs.count * p.heads:
         start(
-            full.query_gradient_kernel, (runs.count * p.heads,),
+            kernels.query_gradient_kernel, (runs.count * p.heads,),
             p.query, p.grad_out, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), kept, dq, adjoints,
             *sums.parts(runs, p.heads), *p.query.stride()[:3], *p.grad_out.stride()[:3],
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
-            NEED_PLANES=sums.need_planes, **p.options("full_query_gradient", tiles=True),
+            NEED_PLANES=sums.need_planes, **p.options("full_query_gradient", tiles=not shape.narrow),
         )  # fmt: skip
     after = p.new(max(p.rows, 1), p.groups, shape.state_size)
     initial = scan(p, runs, adjoints, p.beta, after, grad_final, share=p.share, reverse=True)
     if key_runs.count * p.groups:
         start(
-            full.key_gradient_kernel, (key_runs.count * p.groups,),
+            kernels.key_gradient_kernel, (key_runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta,
-            pointer_or(key_runs.table, p.beta), after, dk, dv, *sums.parts(key_runs, p.groups),
-            *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
+            pointer_or(key_runs.table, p.beta), *((kept, after) if shape.narrow else (after,)), dk, dv,
+            *sums.parts(key_runs, p.groups), *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
             p.keys, key_runs.length, key_runs.per_row, p.groups, HAS_MASK=p.key_mask is not None,
-            NEED_PLANES=sums.need_planes, **p.options("full_key_gradient", tiles=True),
+            NEED_PLANES=sums.need_planes, **p.options("full_key_gradient", tiles=not shape.narrow),
         )  # fmt: skip
     return dq, dk, dv, p.new(0), initial
