@@ -31,67 +31,76 @@ class Causal : public Base<T> {
   using Base<T>::Base;
 
   void forward(bool only_state) {
-    Running<T>& state = room.state;
     for (const Piece* piece = work.begin; piece != work.end && !this->stopped(); ++piece) {
       this->enter(*piece);
       if (only_state && piece + 1 != work.end) continue;
-      start_row_or_piece(state, *piece, piece == work.begin, piece->first, a.initial, only_state);
-      for (i64 t = piece->begin; t < piece->end && !this->stopped(); t += a.run) {
-        state.start_run();
-        if (a.saved && t > 0 && !only_state) this->gather(state.w, this->saved(t / a.run));
+      this->for_heads([&] {
+        start_row_or_piece(*room.state, piece == work.begin, piece->first, a.initial, only_state);
+      });
+      for (i64 t = piece->begin; t < piece->end && !this->stopped(); t += a.run)
         forward_run(t, min_of(t + a.run, piece->end), only_state);
-        state.end_run(room.run_factor);
-      }
-      if (only_state) {
-        this->gather(state.acc, work.left);
-        *work.left_factor = state.kept;
-      } else if (piece->last && a.final_mass) {
-        state.next_piece();
-        this->write_state(state.base, a.final_mass, a.final_value_sum);
-      }
+      this->for_heads([&] {
+        Running<T>& state = *room.state;
+        if (only_state) {
+          this->gather(state.acc(), this->left());
+          work.left_factor[this->further()] = state.kept;
+        } else if (piece->last && a.final_mass) {
+          state.next_piece();
+          this->write_state(state.base(), a.final_mass, a.final_value_sum);
+        }
+      });
     }
   }
 
   void backward() {  // whole rows, the runs of each from its end
     for (const Piece* piece = work.end; piece-- != work.begin && !this->stopped();) {
       this->enter(*piece);
-      start_row_or_piece(room.adjoint, *piece, piece + 1 == work.end, piece->last, a.grad_final, false);
+      start_adjoints(*piece, piece + 1 == work.end);
       for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run) {
-        query_run(t, min_of(t + a.run, piece->end), piece->slot, true);
-        key_run(t, min_of(t + a.run, piece->end), piece->slot, false);
+        look_back(t, piece->begin);
+        this->for_heads([&] {
+          query_run(t, min_of(t + a.run, piece->end), piece->slot, true);
+          key_run(t, min_of(t + a.run, piece->end), piece->slot, false);
+        });
       }
-      finish_backward(*piece);
+      this->for_heads([&] { finish_backward(*piece); });
     }
   }
   void backward_query() {  // in the order of `backward`, so that sums over tokens come out the same
     for (const Piece* piece = work.end; piece-- != work.begin && !this->stopped();) {
       this->enter(*piece);
-      for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run)
-        query_run(t, min_of(t + a.run, piece->end), piece->slot, false);
+      for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run) {
+        look_back(t, piece->begin);
+        this->for_heads([&] { query_run(t, min_of(t + a.run, piece->end), piece->slot, false); });
+      }
     }
   }
   void backward_accumulate() {
     const Piece& piece = *work.begin;
     this->enter(piece);
-    room.adjoint.clear();
+    this->for_heads([&] { room.adjoint->clear(); });
     for (i64 t = last_run(piece); t >= piece.begin && !this->stopped(); t -= a.run)
-      key_run(t, min_of(t + a.run, piece.end), piece.slot, true);
-    this->gather(room.adjoint.acc, work.left);
-    *work.left_factor = room.adjoint.kept;
+      this->for_heads([&] { key_run(t, min_of(t + a.run, piece.end), piece.slot, true); });
+    this->for_heads([&] {
+      this->gather(room.adjoint->acc(), this->left());
+      work.left_factor[this->further()] = room.adjoint->kept;
+    });
   }
   void backward_key() {
     for (const Piece* piece = work.end; piece-- != work.begin && !this->stopped();) {
       this->enter(*piece);
-      start_row_or_piece(room.adjoint, *piece, piece + 1 == work.end, piece->last, a.grad_final, false);
-      for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run)
-        key_run(t, min_of(t + a.run, piece->end), piece->slot, false);
-      finish_backward(*piece);
+      start_adjoints(*piece, piece + 1 == work.end);
+      for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run) {
+        look_back(t, piece->begin);
+        this->for_heads([&] { key_run(t, min_of(t + a.run, piece->end), piece->slot, false); });
+      }
+      this->for_heads([&] { finish_backward(*piece); });
     }
   }
   // A slot that ends inside a row hands on factor * given + left; see Work.
   void scan() {
     const i64 size = p.states * (a.value_dim + 1);
-    Running<T>& state = room.state;
+    Running<T>& state = *room.state;
     for (const Piece* piece = work.begin; piece + 1 < work.end; ++piece) {
       if (piece[1].slot == piece->slot || piece[1].first) continue;
       this->enter(*piece);
@@ -103,55 +112,115 @@ class Causal : public Base<T> {
     for (const Piece* piece = work.end - 1; piece > work.begin; --piece) {
       if (piece[-1].slot == piece->slot || piece->first) continue;
       this->enter(*piece);
-      hand_on(room.adjoint, *piece, piece->last, a.grad_final, work.left + piece[-1].slot * size);
+      hand_on(*room.adjoint, *piece, piece->last, a.grad_final, work.left + piece[-1].slot * size);
     }
   }
 
  private:
+#ifndef RACE_CHUNK
+#define RACE_CHUNK 64
+#endif
+  static constexpr i64 kChunk = RACE_CHUNK;  // tokens
+
   void hand_on(Running<T>& state, const Piece& piece, bool at_edge, const State& from, double* to) {
     if (at_edge) {
       state.clear();
-      this->read_state(from, state.base);
+      this->read_state(from, state);
     }
-    this->spread(work.given + piece.slot * p.states * (a.value_dim + 1), state.acc);
+    this->spread(work.given + piece.slot * p.states * (a.value_dim + 1), state.acc());
     state.kept = work.left_factor[piece.slot];
     state.next_piece();
-    this->gather(state.base, to);
+    this->gather(state.base(), to);
   }
 
   i64 last_run(const Piece& piece) const { return piece.begin + (max_of(piece.end - piece.begin, 1) - 1) / a.run * a.run; }
 
   // A row starts from the state given with the call, a piece inside it from the state before it.
-  void start_row_or_piece(Running<T>& state, const Piece&, bool first_of_work, bool at_edge, const State& from,
-                          bool from_zero) {
+  void start_row_or_piece(Running<T>& state, bool first_of_work, bool at_edge, const State& from, bool from_zero) {
     if (at_edge || from_zero) {
       state.clear();
-      if (at_edge && !from_zero) this->read_state(from, state.base);
+      if (at_edge && !from_zero) this->read_state(from, state);
     } else if (first_of_work) {
       state.clear();
-      this->spread(work.given, state.base);
+      this->spread(this->given(), state.base());
     } else {
       state.next_piece();
     }
   }
+  void start_adjoints(const Piece& piece, bool last_of_work) {
+    this->for_heads([&] { start_row_or_piece(*room.adjoint, last_of_work, piece.last, a.grad_final, false); });
+  }
 
+  // Heads take turns chunk by chunk, so that memory is read token by token.
   void forward_run(i64 begin, i64 end, bool only_state) {
-    this->cut_blocks(begin, end);
+    this->for_heads([&] {
+      room.state->start_run();
+      if (a.saved && begin > 0 && !only_state) this->gather(room.state->w, this->saved(begin / a.run));
+    });
+    const i64 chunk = work.heads > 1 ? kChunk : a.run;
+    for (i64 t = begin; t < end; t += chunk) {
+      look_forward(t + chunk, chunk, only_state);
+      this->for_heads([&] { forward_chunk(t, min_of(t + chunk, end), only_state); });
+    }
+    if (end == row.klen && !a.final_mass && !only_state) return;  // nobody asks what the row leaves
+    this->for_heads([&] { room.state->end_run(); });
+  }
+  void look_forward(i64 begin, i64 count, bool only_state) {
+    room.ahead.far.clear();
+    if (work.heads == 1 || !p.large) return;
+    const i64 end = min_of(begin + count, row.klen);
+    this->ask_far(a.k, row.k0, begin, end, 1, a.dim);
+    this->ask_far(a.v, row.k0, begin, end, 1, a.value_dim);
+    if (!only_state) this->ask_far(a.q, row.q0, begin, end, p.heads_a_group, a.dim);
+  }
+  void look_back(i64 run_begin, i64 least) {
+    room.ahead.far.clear();
+    if (work.heads == 1 || !p.large || run_begin == least) return;
+    const i64 begin = run_begin - a.run;
+    this->ask_far(a.k, row.k0, begin, run_begin, 1, a.dim);
+    this->ask_far(a.v, row.k0, begin, run_begin, 1, a.value_dim);
+    this->ask_far(a.q, row.q0, begin, run_begin, p.heads_a_group, a.dim);
+    this->ask_far(a.grad_out, row.q0, begin, run_begin, p.heads_a_group, a.value_dim);
+  }
+
+  void forward_chunk(i64 begin, i64 end, bool only_state) {
+    Running<T>& state = *room.state;
+    this->cut_blocks(begin, end, state);
     for (i64 n = 0; n < room.block_count; ++n) {
       const Block<T>& b = room.blocks[n];
       const i64 rows = round_up(b.count, W<T>);
       this->next_block();
-      scale_before(room.state, b);
+      scale_before(state, b);
       take_keys(b, begin, rows, nullptr);
       const Tile<T> v = this->load_values(b, rows);
+      if (!only_state && p.heads_a_group == 1 && writes_straight<T>(a.out, a.value_dim)) {
+        forward_block(b, begin, rows, v);
+        continue;
+      }
       if (!only_state)
         for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) forward_queries(b, begin, h, rows, v);
-      this->add_to_state(room.state.w, room.state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+      this->add_to_state(state.w, state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over);
     }
   }
 
+  // Outputs and state together, where a key head has one query head: values are read once.
+  void forward_block(const Block<T>& b, i64 run_begin, i64 rows, const Tile<T>& v) {
+    Running<T>& state = *room.state;
+    take_queries(b, run_begin, g, rows, nullptr);
+    this->score(b.count, rows);
+    this->denominators(state.w, rows, b.count);
+    combine_both<T, ToTokens<T>, Add<T>>(
+        {to_tokens<T>(p, a.out, row.batch, row.q0 + b.begin, g, a.value_dim, room.inverse),
+         {room.pq, C, 1, state.w, room.size.ld, p.states},
+         {room.scores, C, 1, v.p, v.ld, b.count},
+         true},
+        b.count, {{state.w, room.size.ld, state.sum, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, false}, p.states,
+        room.size.value, &room.ahead);
+    this->add_masses(state.w, state.sum, room.pk, b.count, nullptr, b.over);
+  }
+
   void forward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
-    const T* w = room.state.w;
+    const T* w = room.state->w;
     take_queries(b, run_begin, h, rows, nullptr);
     this->score(b.count, rows);
     this->denominators(w, rows, b.count);
@@ -163,35 +232,35 @@ class Causal : public Base<T> {
   // The state before the run, for reading.
   void start_state(i64 run) {
     if (run > 0) {
-      this->spread(this->saved(run), room.state.w);
+      this->spread(this->saved(run), room.state->w);
       return;
     }
-    room.state.clear();
-    this->read_state(a.initial, room.state.base);
-    room.state.start_run();
+    room.state->clear();
+    this->read_state(a.initial, *room.state);
+    room.state->start_run();
   }
 
   void query_run(i64 begin, i64 end, i64 slot, bool keys_follow) {
     start_state(begin / a.run);
-    this->cut_blocks(begin, end);
+    this->cut_blocks(begin, end, *room.state);
     room.begin_stash(keys_follow);
     this->clear_hash_gradients();
     for (i64 n = 0; n < room.block_count; ++n) {
       const Block<T>& b = room.blocks[n];
       const i64 rows = round_up(b.count, W<T>);
       this->next_block();
-      scale_before(room.state, b);
+      scale_before(*room.state, b);
       room.stash_keys(p, n);
       take_keys(b, begin, rows, room.stashed ? &room.key_slopes : nullptr);
       const Tile<T> v = this->load_values(b, rows);
       for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, begin, h, rows, v);
-      this->add_to_state(room.state.w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+      this->add_to_state(room.state->w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
     }
     this->add_hash_gradients(slot, 0);
   }
 
   void backward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
-    const T* w = room.state.w;
+    const T* w = room.state->w;
     room.stash_queries(p, h - g * p.heads_a_group);
     const Tile<T> x = take_queries(b, run_begin, h, rows, &room.slopes);
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
@@ -229,10 +298,10 @@ class Causal : public Base<T> {
   }
 
   void key_run(i64 begin, i64 end, i64 slot, bool only_state) {
-    Running<T>& adjoint = room.adjoint;
+    Running<T>& adjoint = *room.adjoint;
     adjoint.start_run();
     this->from_the_end = true;
-    this->cut_blocks(begin, end);
+    this->cut_blocks(begin, end, adjoint);
     this->clear_hash_gradients();
     for (i64 n = room.block_count - 1; n >= 0; --n) {
       const Block<T>& b = room.blocks[n];
@@ -244,7 +313,7 @@ class Causal : public Base<T> {
         backward_keys(b, begin, n);
       if (b.before != T(1)) adjoint.scale(b.before);
     }
-    adjoint.end_run(room.run_factor);
+    if (begin > 0 || only_state || a.dinitial_mass || a.dinitial_value_sum || a.dlog_decay) adjoint.end_run();
     this->from_the_end = false;
     room.end_stash();
     if (only_state) return;
@@ -257,18 +326,19 @@ class Causal : public Base<T> {
     for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
       take_queries(b, run_begin, h, rows, nullptr);
       take_grad_out(b, h, rows);
-      this->add_to_state(room.adjoint.w, room.adjoint.sum, room.pq, room.scaled, room.size.value, b.count,
+      this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, room.size.value, b.count,
                          room.den_adjoint, T(1));
     }
   }
 
   void backward_keys(const Block<T>& b, i64 run_begin, i64 n) {
     const i64 rows = round_up(b.count, W<T>), ld = room.size.ld, Vp = room.size.value;
-    const T* w = room.adjoint.w;
+    const T* w = room.adjoint->w;
     const Tile<T> x = take_keys_again(b, run_begin, n, rows);
     const Tile<T> v = this->load_values(b, rows);
+    const bool straight = p.heads_a_group == 1 && writes_straight<T>(a.dv, a.value_dim);
     // dv is gathered in `grad`: `out` is needed for dk before all heads are done.
-    set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
+    if (!straight) set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
     dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
     for (i64 s = 0; s < p.states; ++s)
       for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
@@ -276,18 +346,35 @@ class Causal : public Base<T> {
       take_queries_again(b, run_begin, h, rows);
       take_grad_out(b, h, rows);
       this->score(b.count, rows);
-      add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
+      if (!straight) add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
       dots<T>(room.other, C, room.scaled, Vp, b.count, v.p, v.ld, rows, Vp);
       for (i64 i = 0; i < b.count; ++i)
         for (i64 j = 0; j < rows; ++j) room.other[i * C + j] = j <= i ? room.other[i * C + j] + room.den_adjoint[i] : T(0);
       add_product<T>(room.dphi, C, p.states, rows, {room.pq, 1, C, room.other, C, b.count});
-      this->add_to_state(room.adjoint.w, room.adjoint.sum, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
+      if (straight)
+        value_gradients(b);
+      else
+        this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
     }
-    if (a.dv.data)
+    if (a.dv.data && !straight)
       store_tile<T>(p, a.dv, row.batch, row.k0 + b.begin, g, b.count, a.value_dim, room.grad, Vp, nullptr);
     if (!a.dk.data && !this->wants_hash() && !a.dlog_decay) return;
     this->hash_gradients(room.pk, room.key_slopes, x, a.dk, row.k0, b, g, rows);
     for (i64 i = 0; i < b.count; ++i) room.key_term[b.begin + i - run_begin] = room.total[i];
+  }
+
+  // dv and the state's adjoint together, where a key head has one query head.
+  void value_gradients(const Block<T>& b) {
+    const Running<T>& n = *room.adjoint;
+    const i64 ld = room.size.ld, Vp = room.size.value;
+    combine_both<T, ToTokens<T>, Add<T>>(
+        {to_tokens<T>(p, a.dv, row.batch, row.k0 + b.begin, g, a.value_dim, nullptr),
+         {room.pk, C, 1, n.w, ld, p.states},
+         {room.scores, 1, C, room.scaled, Vp, b.count},
+         false},
+        b.count, {{n.w, ld, n.sum, T(1)}, {room.pq, 1, C, room.scaled, Vp, b.count}, {}, false}, p.states, Vp,
+        &room.ahead);
+    this->add_masses(n.w, n.sum, room.pq, b.count, room.den_adjoint, T(1));
   }
 
   // dL/dlog_decay of a run's first token is (adjoint before it) . (state before it); from there on it changes by
@@ -295,13 +382,14 @@ class Causal : public Base<T> {
   // Starting afresh at each run keeps the rounding of long sums out.
   void backward_decay(i64 begin, i64 end) {
     start_state(begin / a.run);
-    const Running<T>& n = room.adjoint;
+    Running<T>& n = *room.adjoint;
+    const double *base = n.base(), *acc = n.acc();
     double flow = 0;
     for (i64 s = 0; s < p.states; ++s)
       for (i64 d = 0; d <= room.size.value; ++d) {
         if (d >= a.value_dim && d < room.size.value) continue;
         const i64 i = s * room.size.ld + d;
-        flow += (n.kept * n.base[i] + n.acc[i]) * static_cast<double>(room.state.w[i]);
+        flow += (n.kept * base[i] + acc[i]) * static_cast<double>(room.state->w[i]);
       }
     T* to = static_cast<T*>(a.dlog_decay);
     for (i64 t = begin; t < end; ++t) {
@@ -312,8 +400,8 @@ class Causal : public Base<T> {
 
   void finish_backward(const Piece& piece) {
     if (!piece.first || !(a.dinitial_mass || a.dinitial_value_sum) || this->stopped()) return;
-    room.adjoint.next_piece();
-    this->write_state(room.adjoint.base, a.dinitial_mass, a.dinitial_value_sum);
+    room.adjoint->next_piece();
+    this->write_state(room.adjoint->base(), a.dinitial_mass, a.dinitial_value_sum);
   }
 
   void scale_before(Running<T>& state, const Block<T>& b) {

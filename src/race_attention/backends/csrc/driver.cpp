@@ -25,6 +25,9 @@ constexpr i64 kLarge = i64(1) << 23;  // bytes of a result that no cache is expe
 constexpr double kPerSecond = 2e10;  // multiplications and additions of one thread, roughly
 // Passing over a row's pieces at the same time costs a further pass over keys and values (forward).
 constexpr double kForwardCost = 1.5, kBackwardCost = 1.25;
+// Heads passed over together: at most so many, so many bytes of a token's row, so many of their states.
+constexpr i64 kMostLanes = 4, kMostRow = 2048, kMostStates = i64(5) << 15;
+constexpr double kUneven = 1.05;
 
 struct Range {
   i64 begin, end, size;  // pieces, tokens
@@ -58,7 +61,7 @@ class Call {
 
   int forward() {
     a.causal ? cut_causal() : cut_full();
-    prepare(1);
+    prepare(1, kForwardCost);
     if (!a.causal) return full({kFullRows, kFullReadout});
     if (together(kForwardCost)) return run_chains(kForward) ? kDone : kInterrupted;
     make_room_for_states();
@@ -72,7 +75,7 @@ class Call {
       inverse.reset(new char[static_cast<std::size_t>(std::max<i64>(a.batch * a.tq * a.heads * 3 * wide, 1))]);
       p.inverse = inverse.get();
     }
-    prepare(3.5);
+    prepare(3.5, kBackwardCost);
     const i64 LP = p.projections;
     partial.assign(static_cast<std::size_t>(a.dplanes || a.dbeta ? a.groups * p.slots * 2 * (LP * a.dim + 1) : 0), 0.0);
     p.partial = partial.data();
@@ -97,7 +100,7 @@ class Call {
   const Args& a;
   const Kernels& kernels;
   Problem p{};
-  i64 state_size = 0;
+  i64 state_size = 0, threads = 1;
   std::vector<Row> rows;
   std::vector<Piece> pieces;
   std::vector<Range> slots, chains;           // causal: slots, and slots that lie in common rows
@@ -191,47 +194,71 @@ class Call {
 
   // ---- running ---------------------------------------------------------------------------------------------
 
-  void prepare(double passes) {
+  void prepare(double passes, double cost) {
     packed.resize(kernels.packed_bytes(p) + 64);
     const auto at = (reinterpret_cast<std::uintptr_t>(packed.data()) + 63) / 64 * 64;
     kernels.pack(p, reinterpret_cast<void*>(at));
     p.packed_planes = reinterpret_cast<void*>(at);
     const double a_query = static_cast<double>(p.states * a.value_dim + p.projections * a.dim + 30 * p.projections);
     const double tokens = static_cast<double>(a.batch) * static_cast<double>(a.tq * a.heads + a.tk * a.groups);
-    team.reset(new Team(a, kernels.scratch_bytes(p), passes * tokens * a_query / kPerSecond));
-    p.stop = team->stop();
     const i64 bytes = a.store == kFloat64 ? 8 : a.store == kFloat32 ? 4 : 2;
     p.large = a.batch * std::max(a.tq * a.heads, a.tk * a.groups) * std::max(a.dim, a.value_dim) * bytes >= kLarge;
+    const double seconds = passes * tokens * a_query / kPerSecond;
+    threads = Team::size(a, seconds);
+    choose_lanes(bytes, cost);
+    team.reset(new Team(a, kernels.scratch_bytes(p), seconds));
+    p.stop = team->stop();
     ask_for_large_pages(a.out, a.batch * a.tq, a.heads, a.value_dim, bytes);
     ask_for_large_pages(a.dq, a.batch * a.tq, a.heads, a.dim, bytes);
     ask_for_large_pages(a.dk, a.batch * a.tk, a.groups, a.dim, bytes);
     ask_for_large_pages(a.dv, a.batch * a.tk, a.groups, a.value_dim, bytes);
   }
 
+  // Key heads that a thread passes over together: several where their tokens lie side by side and their states fit
+  // into the caches, unless threads would be left without work.
+  void choose_lanes(i64 bytes, double cost) {
+    p.lanes = 1;
+    if (!a.causal || !p.large || a.k.d != 1 || a.k.h != a.dim) return;
+    const bool alone = together(cost);
+    for (i64 lanes = 2; lanes <= kMostLanes; lanes *= 2) {
+      if (a.groups % lanes || lanes * a.dim * bytes > kMostRow || lanes * state_size * 8 > kMostStates) return;
+      p.lanes = lanes;
+      const bool fits = alone ? longest_share() <= kUneven * even_share()
+                              : static_cast<i64>(slots.size()) * lots() >= 8 * threads;
+      if (fits) continue;
+      p.lanes = lanes / 2;
+      return;
+    }
+  }
+  i64 lots() const { return (a.groups + p.lanes - 1) / p.lanes; }
+
   // Whether rows are better passed over one by one, each by one thread: true where there are rows and heads enough.
   bool together(double cost) const {
-    const double threads = static_cast<double>(team->threads());
-    if (team->threads() == 1 || slots.size() == chains.size()) return true;
+    return threads == 1 || slots.size() == chains.size() || longest_share() <= cost * even_share();
+  }
+  double even_share() const {
     double total = 0;
+    for (const Range& chain : chains) total += static_cast<double>(chain.size * lots());
+    return total / static_cast<double>(threads);
+  }
+  // Tokens of the thread that gets the most, of one lot of heads each.
+  double longest_share() const {
+    double longest = 0;
+    for (const Range& chain : chains) longest = std::max(longest, static_cast<double>(chain.size));
+    if (static_cast<i64>(chains.size()) * lots() > 64 * threads) return std::max(longest, even_share());
     std::vector<double> sizes;
-    for (const Range& chain : chains) total += static_cast<double>(chain.size * a.groups);
-    if (static_cast<double>(chains.size()) * static_cast<double>(a.groups) > 64 * threads) {
-      double longest = 0;
-      for (const Range& chain : chains) longest = std::max(longest, static_cast<double>(chain.size));
-      return std::max(longest, total / threads) <= cost * total / threads;
-    }
-    for (const Range& chain : chains) sizes.insert(sizes.end(), static_cast<std::size_t>(a.groups), static_cast<double>(chain.size));
+    for (const Range& chain : chains) sizes.insert(sizes.end(), static_cast<std::size_t>(lots()), static_cast<double>(chain.size));
     std::sort(sizes.rbegin(), sizes.rend());
-    std::vector<double> load(static_cast<std::size_t>(team->threads()), 0.0);
+    std::vector<double> load(static_cast<std::size_t>(threads), 0.0);
     for (double size : sizes) *std::min_element(load.begin(), load.end()) += size;
-    return *std::max_element(load.begin(), load.end()) <= cost * total / threads;
+    return *std::max_element(load.begin(), load.end());
   }
 
   Work work_of(int pass, i64 g, const Range& range) const {
-    return {pass, g, pieces.data() + range.begin, pieces.data() + range.end, nullptr, nullptr, nullptr};
+    return {pass, g, std::min(p.lanes, a.groups - g), pieces.data() + range.begin, pieces.data() + range.end, nullptr, nullptr, nullptr};
   }
 
-  // Every range for every key head, the largest first.
+  // Every range for every lot of key heads, the largest first.
   template <class Fill>
   bool run_ranges(const std::vector<Range>& ranges, Fill&& fill) {
     std::vector<i64> order(ranges.size());
@@ -239,10 +266,10 @@ class Call {
     std::stable_sort(order.begin(), order.end(), [&](i64 x, i64 y) {
       return ranges[static_cast<std::size_t>(x)].size > ranges[static_cast<std::size_t>(y)].size;
     });
-    return team->run(static_cast<i64>(ranges.size()) * a.groups, [&](i64 n, void* scratch) {
-      const i64 at = order[static_cast<std::size_t>(n / a.groups)];
+    return team->run(static_cast<i64>(ranges.size()) * lots(), [&](i64 n, void* scratch) {
+      const i64 at = order[static_cast<std::size_t>(n / lots())];
       Work work{};
-      if (fill(at, n % a.groups, work)) kernels.work(p, work, scratch);
+      if (fill(at, n % lots() * p.lanes, work)) kernels.work(p, work, scratch);
     });
   }
 
@@ -279,6 +306,7 @@ class Call {
   bool scan(int pass) {
     return team->run(a.groups, [&](i64 g, void* scratch) {
       Work work = work_of(pass, g, {0, static_cast<i64>(pieces.size()), 0});
+      work.heads = 1;
       work.given = of_slot(local, g, 0);
       work.left = of_slot(carry, g, 0);
       work.left_factor = &factor[static_cast<std::size_t>(g * p.slots)];

@@ -26,7 +26,7 @@ class Full : public Base<T> {
     for (const Piece* piece = work.begin; piece != work.end && !this->stopped(); ++piece) {
       this->enter(*piece);
       sum_keys_of_row();
-      if (a.final_mass) this->write_state(room.state.base, a.final_mass, a.final_value_sum);
+      if (a.final_mass) this->write_state(room.state->base(), a.final_mass, a.final_value_sum);
       readout(0, row.qlen);
     }
   }
@@ -34,12 +34,12 @@ class Full : public Base<T> {
     for (const Piece* piece = work.begin; piece != work.end && !this->stopped(); ++piece) {
       this->enter(*piece);
       sum_keys_of_row();
-      room.adjoint.clear();
-      this->read_state(a.grad_final, room.adjoint.base);
+      room.adjoint->clear();
+      this->read_state(a.grad_final, *room.adjoint);
       backward_query(0, row.qlen, piece->slot);
-      room.adjoint.next_piece();
-      this->write_state(room.adjoint.base, a.dinitial_mass, a.dinitial_value_sum);
-      room.adjoint.start_run();
+      room.adjoint->next_piece();
+      this->write_state(room.adjoint->base(), a.dinitial_mass, a.dinitial_value_sum);
+      room.adjoint->start_run();
       backward_key(0, row.klen, piece->slot);
     }
   }
@@ -48,59 +48,59 @@ class Full : public Base<T> {
 
   void accumulate() {
     this->enter(*work.begin);
-    room.state.clear();
+    room.state->clear();
     sum_keys(work.begin->begin, work.begin->end);
-    this->gather(room.state.acc, work.left);
+    this->gather(room.state->acc(), work.left);
   }
   void readout() {
     this->enter(*work.begin);
-    start_from(room.state);
+    start_from(*room.state);
     readout(work.begin->begin, work.begin->end);
   }
   void backward_query() {
     this->enter(*work.begin);
-    start_from(room.state);
-    room.adjoint.clear();
+    start_from(*room.state);
+    room.adjoint->clear();
     backward_query(work.begin->begin, work.begin->end, work.begin->slot);
-    this->gather(room.adjoint.acc, work.left);
+    this->gather(room.adjoint->acc(), work.left);
   }
   void backward_key() {
     this->enter(*work.begin);
-    start_from(room.adjoint);
+    start_from(*room.adjoint);
     backward_key(work.begin->begin, work.begin->end, work.begin->slot);
   }
   void reduce() {
-    sum_pieces(room.state, a.initial);
-    if (a.final_mass) this->write_state(room.state.base, a.final_mass, a.final_value_sum);
+    sum_pieces(*room.state, a.initial);
+    if (a.final_mass) this->write_state(room.state->base(), a.final_mass, a.final_value_sum);
   }
   void reduce_adjoint() {
-    sum_pieces(room.adjoint, a.grad_final);
-    this->write_state(room.adjoint.base, a.dinitial_mass, a.dinitial_value_sum);
+    sum_pieces(*room.adjoint, a.grad_final);
+    this->write_state(room.adjoint->base(), a.dinitial_mass, a.dinitial_value_sum);
   }
 
  private:
   void sum_pieces(Running<T>& state, const State& from) {
     this->enter(*work.begin);
     state.clear();
-    this->read_state(from, state.base);
+    this->read_state(from, state);
     const i64 size = p.states * (a.value_dim + 1);
     for (const Piece* piece = work.begin; piece != work.end; ++piece) {
-      this->spread(work.given + piece->slot * size, state.acc);
+      this->spread(work.given + piece->slot * size, state.acc());
       state.next_piece();
     }
-    this->gather(state.base, work.left);
+    this->gather(state.base(), work.left);
   }
   void start_from(Running<T>& state) {
     state.clear();
-    this->spread(work.given, state.base);
+    this->spread(work.given, state.base());
     state.start_run();
   }
   void sum_keys_of_row() {
-    room.state.clear();
-    this->read_state(a.initial, room.state.base);
+    room.state->clear();
+    this->read_state(a.initial, *room.state);
     sum_keys(0, row.klen);
-    room.state.next_piece();
-    room.state.start_run();
+    room.state->next_piece();
+    room.state->start_run();
   }
 
   template <class Do>
@@ -114,18 +114,18 @@ class Full : public Base<T> {
 
   void sum_keys(i64 begin, i64 end) {
     for (i64 t = begin; t < end && !this->stopped(); t += a.run) {
-      room.state.start_run();
+      room.state->start_run();
       blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
         take_keys(b, rows, nullptr);
         const Tile<T> v = this->load_values(b, rows);
-        this->add_to_state(room.state.sum, nullptr, room.pk, v.p, v.ld, b.count, nullptr, T(1));
+        this->add_to_state(room.state->sum, nullptr, room.pk, v.p, v.ld, b.count, nullptr, T(1));
       });
-      room.state.end_run(1);
+      room.state->end_run();
     }
   }
 
   void readout(i64 begin, i64 end) {
-    const T* w = room.state.w;
+    const T* w = room.state->w;
     for (i64 t = begin; t < end && !this->stopped(); t += a.run)
       blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
         for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
@@ -140,18 +140,18 @@ class Full : public Base<T> {
 
   void backward_query(i64 begin, i64 end, i64 slot) {
     for (i64 t = begin; t < end && !this->stopped(); t += a.run) {
-      for (i64 i = 0; i < room.adjoint.size; ++i) room.adjoint.sum[i] = 0;
+      for (i64 i = 0; i < room.adjoint->size; ++i) room.adjoint->sum[i] = 0;
       this->clear_hash_gradients();
       blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
         for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, h, rows);
       });
-      room.adjoint.end_run(1);
+      room.adjoint->end_run();
       this->add_hash_gradients(slot, 0);
     }
   }
 
   void backward_queries(const Block<T>& b, i64 h, i64 rows) {
-    const T* w = room.state.w;
+    const T* w = room.state->w;
     const i64 ld = room.size.ld, Vp = room.size.value;
     const Tile<T> x = take_queries(b, h, rows, &room.slopes);
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
@@ -171,12 +171,12 @@ class Full : public Base<T> {
     for (i64 i = 0; i < b.count; ++i)
       for (i64 d = 0; d < Vp; d += W<T>)
         put<T>(room.scaled + i * Vp + d, load(grad.row(i) + d) * room.inverse[i]);
-    this->add_to_state(room.adjoint.sum, nullptr, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
+    this->add_to_state(room.adjoint->sum, nullptr, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
     if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, room.slopes, x, a.dq, row.q0, b, h, rows);
   }
 
   void backward_key(i64 begin, i64 end, i64 slot) {
-    const T* w = room.adjoint.w;
+    const T* w = room.adjoint->w;
     const i64 ld = room.size.ld, Vp = room.size.value;
     for (i64 t = begin; t < end && !this->stopped(); t += a.run) {
       this->clear_hash_gradients();

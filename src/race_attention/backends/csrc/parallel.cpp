@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -14,15 +15,47 @@ constexpr double kWorthThreads = 3e-4;  // starting a thread takes 5e-5 s, more 
 constexpr double kWorthWatching = 0.3;
 constexpr auto kBetweenLooks = std::chrono::milliseconds(100);
 
-void* aligned(const std::unique_ptr<char[]>& memory) {
-  const auto at = reinterpret_cast<std::uintptr_t>(memory.get());
-  return reinterpret_cast<void*>((at + 63) / 64 * 64);
-}
+struct Block {
+  std::size_t bytes;
+};
+constexpr std::size_t kLargestKept = std::size_t(1) << 22;
+// Without a lock, which a fork could leave taken.
+std::atomic<Block*> kept[16];
 }  // namespace
+
+Scratch::Scratch(std::size_t bytes) : block_(nullptr) {
+  for (std::atomic<Block*>& place : kept) {
+    Block* const found = place.exchange(nullptr);
+    if (found && found->bytes >= bytes) {
+      block_ = found;
+      return;
+    }
+    ::operator delete(found);
+  }
+  Block* const fresh = static_cast<Block*>(::operator new(bytes + 128));
+  fresh->bytes = bytes;
+  block_ = fresh;
+}
+Scratch::~Scratch() {
+  Block* mine = static_cast<Block*>(block_);
+  for (std::atomic<Block*>& place : kept) {
+    if (!mine || mine->bytes > kLargestKept) break;
+    Block* none = nullptr;
+    if (place.compare_exchange_strong(none, mine)) mine = nullptr;
+  }
+  ::operator delete(mine);
+}
+void* Scratch::aligned() const {
+  return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(block_) + sizeof(Block) + 63) / 64 * 64);
+}
 
 Team::Team(const Args& args, std::size_t scratch_bytes, double seconds)
     : args_(args), scratch_bytes_(scratch_bytes), watched_(args.check_signals != nullptr && seconds > kWorthWatching) {
-  threads_ = seconds > kWorthThreads && args.threads > 1 ? args.threads : 1;
+  threads_ = size(args, seconds);
+}
+
+i64 Team::size(const Args& args, double seconds) {
+  return seconds > kWorthThreads && args.threads > 1 ? args.threads : 1;
 }
 
 bool Team::interrupted() {
@@ -36,10 +69,10 @@ bool Team::interrupted() {
 bool Team::run(i64 count, const std::function<void(i64, void*)>& task) {
   if (stopped()) return false;
   const i64 workers = count < threads_ ? count : threads_;
-  while (static_cast<i64>(scratch_.size()) < (workers > 1 ? workers : 1)) scratch_.emplace_back(new char[scratch_bytes_ + 64]);
+  while (static_cast<i64>(scratch_.size()) < (workers > 1 ? workers : 1)) scratch_.emplace_back(scratch_bytes_);
   std::atomic<i64> next{0};
   const auto drain = [&](std::size_t worker) {
-    void* scratch = aligned(scratch_[worker]);
+    void* scratch = scratch_[worker].aligned();
     for (i64 n = next++; n < count && !stopped(); n = next++) task(n, scratch);
   };
   if (workers <= 1 && !watched_) {

@@ -11,11 +11,8 @@ template <class T>
 class Base {
  public:
   Base(const Problem& problem, const Work& work, void* scratch)
-      : p(problem), a(*problem.a), work(work), cut(scratch), room(problem, cut), g(work.g) {
-    const i64 LP = p.projections;
-    f = {a.tables, a.planes, p.buckets, room.size.dim,
-         static_cast<const T*>(p.packed_planes) + g * LP * room.size.dim,
-         static_cast<const T*>(a.beta)[g * a.beta_stride]};
+      : p(problem), a(*problem.a), work(work), cut(scratch), room(problem, cut) {
+    take_up(work.g);
   }
 
  protected:
@@ -24,13 +21,31 @@ class Base {
   const Work& work;
   Cutter cut;
   Room<T> room;
-  const i64 g;
+  i64 g;  // the key head at hand
   Hash<T> f;
   Row row{};
   i64 row_index = 0;
   bool from_the_end = false;  // whether blocks are taken from the last to the first
 
   bool stopped() const { return __atomic_load_n(p.stop, __ATOMIC_RELAXED) != 0; }
+  void take_up(i64 head) {
+    g = head;
+    room.use(head - work.g);
+    f = {a.tables, a.planes, p.buckets, room.size.dim,
+         static_cast<const T*>(p.packed_planes) + g * p.projections * room.size.dim,
+         static_cast<const T*>(a.beta)[g * a.beta_stride]};
+  }
+  template <class Do>
+  void for_heads(Do&& work_on) {
+    for (i64 head = work.g; head < work.g + work.heads; ++head) {
+      take_up(head);
+      work_on();
+    }
+  }
+  // What Work gives and takes, of the head at hand.
+  i64 further() const { return (g - work.g) * p.slots; }
+  const double* given() const { return work.given + further() * p.states * (a.value_dim + 1); }
+  double* left() const { return work.left + further() * p.states * (a.value_dim + 1); }
   void enter(const Piece& piece) {
     row_index = piece.row;
     row = p.rows[piece.row];
@@ -38,7 +53,9 @@ class Base {
 
   // ---- states: [S][ld] here, mass at `value`; outside mass and value_sum, or [S][Dv + 1] with mass last ------
 
-  void read_state(const State& from, double* to) const {
+  void read_state(const State& from, Running<T>& state) const {
+    if (!from.mass && !from.value_sum) return;
+    double* const to = state.base();
     const i64 S = p.states, Dv = a.value_dim, R = p.buckets;
     for (i64 s = 0; s < S; ++s) {
       const i64* m = from.mass_stride;
@@ -65,6 +82,7 @@ class Base {
     const i64 Dv = a.value_dim;
     for (i64 s = 0; s < p.states; ++s, from += Dv + 1, to += room.size.ld) {
       for (i64 d = 0; d < Dv; ++d) to[d] = static_cast<Into>(from[d]);
+      for (i64 d = Dv; d < room.size.value; ++d) to[d] = 0;  // read as the values of padded tokens are
       to[room.size.value] = static_cast<Into>(from[Dv]);
     }
   }
@@ -96,24 +114,23 @@ class Base {
   // Cuts tokens [begin, end) into blocks. With decay, g runs over the block from the state before it; exp(-g) stays
   // below exp(16), so that buckets may carry exp(g) and exp(-g) themselves. A first token whose decay alone is
   // larger is applied to the state by itself.
-  void cut_blocks(i64 begin, i64 end) {
+  void cut_blocks(i64 begin, i64 end, Running<T>& state) {
     room.block_count = 0;
-    room.run_factor = 1;
     for (i64 t = begin; t < end;) {
       Block<T>& block = room.blocks[room.block_count++];
       block = {t, min_of(C, end - t), T(1), T(1)};
-      if (a.log_decay) decay_block(block, begin);
+      if (a.log_decay) decay_block(block, begin, state);
       t += block.count;
     }
   }
-  void decay_block(Block<T>& block, i64 run_begin) {
+  void decay_block(Block<T>& block, i64 run_begin, Running<T>& state) {
     double running = 0;
     for (i64 i = 0; i < block.count; ++i) {
       const double step = log_decay(block.begin + i);
       if (i == 0 && step < -kMostDecay) {
         const double before = __builtin_exp(step);
         block.before = static_cast<T>(before);
-        room.run_factor *= before;
+        state.run_factor *= before;
       } else if (running + step < -kMostDecay) {
         block.count = i;
         break;
@@ -125,7 +142,7 @@ class Base {
       room.key_factor[at] = static_cast<T>(__builtin_exp(-running));
     }
     block.over = static_cast<T>(__builtin_exp(running));
-    room.run_factor *= __builtin_exp(running);
+    state.run_factor *= __builtin_exp(running);
   }
   static constexpr double kMostDecay = 16;
 
@@ -156,10 +173,10 @@ class Base {
   // ---- blocks --------------------------------------------------------------------------------------------
 
   void next_block() {
-    room.ahead.ask_rest();
-    room.ahead.clear();
+    room.ahead.near.clear();
   }
-  // Each load asks for the next block's as well: behind this one, or before it where the pass runs backward.
+  // Each load asks for the next block's as well: behind this one, or before it where the pass runs backward. Where
+  // heads take turns `ask_far` has asked: nearer than the second cache there is no room for rows that lie 2 KiB apart.
   Tile<T> load_keys(const Block<T>& b, i64 rows) {
     ask_ahead(a.k, row.k0, b, g, a.dim, row.klen);
     return load_tile<T>(p, a.k, row.batch, row.k0 + b.begin, g, b.count, rows, a.dim, room.size.dim, room.part_k, room.x);
@@ -180,10 +197,19 @@ class Base {
   }
   void ask_ahead(const Tokens& x, i64 first, const Block<T>& b, i64 h, i64 size, i64 length) {
     const i64 t = from_the_end ? b.begin - C : b.begin + b.count;
-    if (t < 0 || x.d != 1) return;
+    if (t < 0 || x.d != 1 || work.heads > 1 || !p.large) return;
     const i64 bytes = a.store == kBFloat16 ? 2 : static_cast<i64>(sizeof(T));
     const char* to = static_cast<const char*>(x.data) + (row.batch * x.b + (first + t) * x.t + h * x.h) * bytes;
-    room.ahead.add(to, x.t * bytes, min_of(C, length - t), size * bytes);
+    room.ahead.near.add(to, x.t * bytes, min_of(C, length - t), size * bytes);
+  }
+  // Asks for tokens [begin, end) of `x` of every head of this work, in the order in which they lie in memory: read
+  // head by head, each read would open another page, and the processor could not guess the next.
+  void ask_far(const Tokens& x, i64 first, i64 begin, i64 end, i64 heads_each, i64 size) {
+    if (x.d != 1 || x.h != size) return;
+    const i64 bytes = a.store == kBFloat16 ? 2 : static_cast<i64>(sizeof(T));
+    const char* to = static_cast<const char*>(x.data) +
+                     (row.batch * x.b + (first + begin) * x.t + work.g * heads_each * x.h) * bytes;
+    room.ahead.far.add(to, x.t * bytes, end - begin, work.heads * heads_each * size * bytes);
   }
   void store(const Tokens& to, i64 first, const Block<T>& b, i64 h, i64 size, i64 ld, const T* factor = nullptr) {
     store_tile<T>(p, to, row.batch, first + b.begin, h, b.count, size, room.out, ld, factor);
@@ -192,6 +218,9 @@ class Base {
   // state += buckets^T rows: values here, masses `weight` (1 where null) besides.
   void add_to_state(T* w, T* second, const T* buckets, const T* rows, i64 ld, i64 count, const T* weight, T factor) {
     add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count}, factor, second, &room.ahead);
+    add_masses(w, second, buckets, count, weight, factor);
+  }
+  void add_masses(T* w, T* second, const T* buckets, i64 count, const T* weight, T factor) {
     // The sums of W buckets at a time; behind the last token of the block buckets are 0.
     const i64 lanes = round_up(count, W<T>), at = room.size.value;
     for (i64 s = 0; s < p.states; s += W<T>) {
@@ -282,9 +311,12 @@ class Base {
   void hash_gradients(const T* phi, const Slopes<T>& slopes, const Tile<T>& x, const Tokens& to, i64 first,
                       const Block<T>& b, i64 h, i64 rows) {
     hash_backward<T>(f, rows, phi, room.dphi, slopes, room.dy, room.dbeta, room.total);
-    if (to.data) {
-      set_product<T>(room.out, room.size.dim, b.count, room.size.dim,
-                     {room.dy, C, 1, f.w, room.size.dim, p.projections});
+    const Pair<T> factors{room.dy, C, 1, f.w, room.size.dim, p.projections};
+    if (writes_straight<T>(to, a.dim)) {
+      combine<T, ToTokens<T>>({to_tokens<T>(p, to, row.batch, first + b.begin, h, a.dim, nullptr), factors, {}, false},
+                              b.count, a.dim, &room.ahead);
+    } else if (to.data) {
+      set_product<T>(room.out, room.size.dim, b.count, room.size.dim, factors);
       store(to, first, b, h, a.dim, room.size.dim);
     }
     if (a.dplanes)

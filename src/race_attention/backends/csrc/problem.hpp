@@ -84,6 +84,7 @@ struct Problem {
   i64 heads_a_group, buckets, states, projections;  // n, R, S, L * P
   const Row* rows;
   i64 slots;
+  i64 lanes;                  // key heads that one thread passes over together, at most
   i64 large;                  // whether results are too large for the caches
   const void* packed_planes;  // [G][L * P][padded D]
   void* inverse;              // [B * Tq * H][3]: 1 / denominator, its adjoint, lift; from queries to keys
@@ -91,7 +92,7 @@ struct Problem {
   const int* stop;            // set when the call is interrupted
 };
 
-// Passes over the pieces of one key head. A state given or left is [S][Dv + 1] float64, mass last.
+// Passes over the pieces of some key heads. A state given or left is [S][Dv + 1] float64, mass last.
 enum Pass : int {
   kForward,             // causal: outputs, states
   kAccumulate,          // causal: what the last piece leaves
@@ -113,8 +114,9 @@ enum Pass : int {
 
 struct Work {
   int pass;
-  i64 g;
+  i64 g, heads;  // key heads [g, g + heads)
   const Piece *begin, *end;
+  // Of head g; those of the heads behind it lie `slots` states further each.
   const double* given;  // the state before the first piece (after the last, backward) where its row goes on there;
                         // in a scan or reduction, what each slot left
   double* left;         // the state left

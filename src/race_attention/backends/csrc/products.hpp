@@ -9,18 +9,19 @@ namespace {
 
 // Lines of memory to be asked for while products run. A processor keeps some twenty reads under way; asked for all at
 // once, the rows of a block (400 lines) would be waited for instead of fetched behind the arithmetic.
-class Ahead {
+class Lines {
  public:
   RACE_INLINE void clear() { count_ = at_ = 0; }
   RACE_INLINE void add(const char* row, i64 stride, i64 rows, i64 bytes) {
     if (count_ < kMost && rows > 0) rows_[count_++] = {row, stride, rows, (bytes + 63) / 64, 0};
   }
+  template <int Nearness>  // 3: into every cache; 2: into the second
   RACE_INLINE void ask(int lines) {
     while (lines > 0 && at_ < count_) {
       Rows& r = rows_[at_];
       const char* p = r.row + r.line * 64;
       const i64 n = min_of(lines, r.lines - r.line);
-      for (i64 i = 0; i < n; ++i, p += 64) __builtin_prefetch(p, 0, 3);
+      for (i64 i = 0; i < n; ++i, p += 64) __builtin_prefetch(p, 0, Nearness);
       lines -= static_cast<int>(n);
       if ((r.line += n) < r.lines) continue;
       r.line = 0;
@@ -28,7 +29,6 @@ class Ahead {
       if (--r.left == 0) ++at_;
     }
   }
-  RACE_INLINE void ask_rest() { ask(1 << 30); }
 
  private:
   static constexpr int kMost = 16;
@@ -38,6 +38,14 @@ class Ahead {
   };
   Rows rows_[kMost];
   int count_ = 0, at_ = 0;
+};
+
+struct Ahead {
+  Lines near, far;  // the next block of this head; the next chunk of every head at hand, token by token
+  RACE_INLINE void ask(int lines) {
+    near.ask<3>(lines);
+    far.ask<2>(lines);
+  }
 };
 
 // out[a * ldo + b] = sum over d of left[a][d] * right[b][d]: rows against rows, lanes along d. W sums are taken at a
@@ -85,8 +93,6 @@ struct Pair {
   i64 ld, k;
 };
 
-enum class To { kSet, kAdd };
-
 template <class T, int M, int N>
 RACE_INLINE void take(V<T> (&acc)[M][N], const Pair<T>& p, i64 i, i64 column, i64 count) {
   const T* x = p.x + i * p.xi;
@@ -104,36 +110,52 @@ RACE_INLINE void take(V<T> (&acc)[M][N], const Pair<T>& p, i64 i, i64 column, i6
   }
 }
 
+// What becomes of a tile of sums.
 template <class T>
-struct Combine {
+struct Set {
   T* out;
-  i64 ldo;
-  T* second;  // gets the same added, where not null
+  i64 ld;
+  template <int M, int N>
+  RACE_INLINE void operator()(i64 i, i64 column, V<T> (&acc)[M][N]) const {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) store<T>(out + (i + m) * ld + column + j * W<T>, acc[m][j]);
+  }
+};
+template <class T>
+struct Add {  // out = factor * (out + sum), and `second` likewise where not null
+  T* out;
+  i64 ld;
+  T *second = nullptr;
+  T factor = 1;
+  template <int M, int N>
+  RACE_INLINE void operator()(i64 i, i64 column, V<T> (&acc)[M][N]) const {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) {
+        T* o = out + (i + m) * ld + column + j * W<T>;
+        store<T>(o, factor * (load(o) + acc[m][j]));
+        if (!second) continue;
+        T* s = second + (i + m) * ld + column + j * W<T>;
+        store<T>(s, factor * (load(s) + acc[m][j]));
+      }
+  }
+};
+
+template <class T, class Into>
+struct Combine {
+  Into into;
   Pair<T> a, b;
   bool triangular;  // row i takes only the first i + 1 of b, up to the end of its tile
-  To to;
-  T factor;  // out = factor * (out + sum)
 
   template <int M, int N>
   RACE_INLINE void tile(i64 i, i64 column) const {
     V<T> acc[M][N] = {};
     take<T, M, N>(acc, a, i, column, a.k);
     if (b.k) take<T, M, N>(acc, b, i, column, triangular ? min_of(b.k, i + M) : b.k);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) {
-        T* o = out + (i + m) * ldo + column + j * W<T>;
-        if (to == To::kSet) {
-          store<T>(o, acc[m][j]);
-          continue;
-        }
-        store<T>(o, factor * (load(o) + acc[m][j]));
-        if (second) {
-          T* s = second + (i + m) * ldo + column + j * W<T>;
-          store<T>(s, factor * (load(s) + acc[m][j]));
-        }
-      }
+    into(i, column, acc);
   }
   template <int N>
   RACE_INLINE void panel(i64 m, i64 column) const {
@@ -152,10 +174,10 @@ struct Combine {
   }
 };
 
-// out[i][column] (+)= both pairs' sums, for m rows i and `columns` columns (a multiple of W), lanes along columns.
-template <class T>
-__attribute__((noinline)) void combine(const Combine<T>& c, i64 m, i64 columns, Ahead* ahead) {
-  const Combine<T> copy = c;
+// For m rows i and `columns` columns (a multiple of W), lanes along columns: both pairs' sums, into `into`.
+template <class T, class Into>
+__attribute__((noinline)) void combine(const Combine<T, Into>& c, i64 m, i64 columns, Ahead* ahead) {
+  const Combine<T, Into> copy = c;
   i64 column = 0;
   for (; column + 2 * W<T> <= columns; column += 2 * W<T>) {
     copy.template panel<2>(m, column);
@@ -163,16 +185,34 @@ __attribute__((noinline)) void combine(const Combine<T>& c, i64 m, i64 columns, 
   }
   if (column < columns) copy.template panel<1>(m, column);
 }
+// Two of them in turns, panel by panel: rows that both read are read once from further away.
+template <class T, class Into, class Also>
+__attribute__((noinline)) void combine_both(const Combine<T, Into>& c, i64 m, const Combine<T, Also>& d, i64 n,
+                                            i64 columns, Ahead* ahead) {
+  const Combine<T, Into> one = c;
+  const Combine<T, Also> two = d;
+  i64 column = 0;
+  for (; column + 2 * W<T> <= columns; column += 2 * W<T>) {
+    one.template panel<2>(m, column);
+    if (ahead) ahead->ask(12);
+    two.template panel<2>(n, column);
+    if (ahead) ahead->ask(12);
+  }
+  if (column < columns) {
+    one.template panel<1>(m, column);
+    two.template panel<1>(n, column);
+  }
+}
 
 template <class T>
 RACE_INLINE void set_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, Pair<T> b = {}, bool triangular = false,
                              Ahead* ahead = nullptr) {
-  combine<T>({out, ldo, nullptr, a, b, triangular, To::kSet, T(1)}, m, columns, ahead);
+  combine<T, Set<T>>({{out, ldo}, a, b, triangular}, m, columns, ahead);
 }
 template <class T>
 RACE_INLINE void add_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, T factor = 1, T* second = nullptr,
                              Ahead* ahead = nullptr) {
-  combine<T>({out, ldo, second, a, {}, false, To::kAdd, factor}, m, columns, ahead);
+  combine<T, Add<T>>({{out, ldo, second, factor}, a, {}, false}, m, columns, ahead);
 }
 
 }  // namespace

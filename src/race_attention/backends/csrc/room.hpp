@@ -37,37 +37,66 @@ RACE_INLINE Sizes sizes(const Problem& p) {
   return s;
 }
 
+constexpr i64 kMostLanes = 4;
+
 // A state that runs over tokens. A token in float32 would vanish in a sum over 2^24 others, so three sums are kept:
 //   base   before the piece, float64; `kept` is what decay leaves of it
 //   acc    the piece's runs so far, float64
 //   sum    the run so far, in T, from zero
 // and w = kept * base + acc + sum in T for reading, which is renewed at each run.
 template <class T>
-struct Running {
-  T *w, *sum;
-  double *base, *acc;
-  double kept;
-  i64 size;
+class Running {
+ public:
+  T *w = nullptr, *sum = nullptr;
+  double kept = 1, run_factor = 1;  // run_factor: decay over the run so far
+  i64 size = 0;
+
+  void place(T* of_w, T* of_sum, double* of_base, double* of_acc, i64 count) {
+    w = of_w;
+    sum = of_sum;
+    base_ = of_base;
+    acc_ = of_acc;
+    size = count;
+  }
+  // Both are 0 after `clear`, and written to only where somebody asks: a short row never does.
+  double* base() { return owned(base_, has_base_); }
+  double* acc() { return owned(acc_, has_acc_); }
 
   RACE_INLINE void clear() {
-    for (i64 i = 0; i < size; ++i) base[i] = acc[i] = 0;
+    has_base_ = has_acc_ = false;
     kept = 1;
   }
   RACE_INLINE void start_run() {
-    for (i64 i = 0; i < size; ++i) {
-      w[i] = static_cast<T>(kept * base[i] + acc[i]);
-      sum[i] = 0;
-    }
+    run_factor = 1;
+    for (i64 i = 0; i < size; ++i) sum[i] = 0;
+    if (!has_base_ && !has_acc_)
+      for (i64 i = 0; i < size; ++i) w[i] = 0;
+    else if (!has_base_)
+      for (i64 i = 0; i < size; ++i) w[i] = static_cast<T>(acc_[i]);
+    else if (!has_acc_)
+      for (i64 i = 0; i < size; ++i) w[i] = static_cast<T>(kept * base_[i]);
+    else
+      for (i64 i = 0; i < size; ++i) w[i] = static_cast<T>(kept * base_[i] + acc_[i]);
   }
-  RACE_INLINE void end_run(double factor) {
-    for (i64 i = 0; i < size; ++i) acc[i] = factor * acc[i] + static_cast<double>(sum[i]);
-    kept *= factor;
+  RACE_INLINE void end_run() {
+    if (has_acc_)
+      for (i64 i = 0; i < size; ++i) acc_[i] = run_factor * acc_[i] + static_cast<double>(sum[i]);
+    else
+      for (i64 i = 0; i < size; ++i) acc_[i] = static_cast<double>(sum[i]);
+    has_acc_ = true;
+    kept *= run_factor;
   }
   RACE_INLINE void next_piece() {
-    for (i64 i = 0; i < size; ++i) {
-      base[i] = kept * base[i] + acc[i];
-      acc[i] = 0;
+    if (!has_base_ && has_acc_) {
+      double* const settled = acc_;
+      acc_ = base_;
+      base_ = settled;
+      has_base_ = true;
+    } else if (has_base_) {
+      const double* const more = acc();
+      for (i64 i = 0; i < size; ++i) base_[i] = kept * base_[i] + more[i];
     }
+    has_acc_ = false;
     kept = 1;
   }
   RACE_INLINE void scale(T factor) {
@@ -76,6 +105,15 @@ struct Running {
       sum[i] *= factor;
     }
   }
+
+ private:
+  double* owned(double* x, bool& mine) {
+    for (i64 i = 0; !mine && i < size; ++i) x[i] = 0;
+    mine = true;
+    return x;
+  }
+  double *base_ = nullptr, *acc_ = nullptr;
+  bool has_base_ = false, has_acc_ = false;
 };
 
 // Tokens that are handled together: their decays are counted from the state before the first.
@@ -88,10 +126,10 @@ struct Block {
 template <class T>
 struct Room {
   Sizes size;
-  Running<T> state, adjoint;
+  Running<T> states[kMostLanes], adjoints[kMostLanes];
+  Running<T> *state, *adjoint;  // of the head at hand
   Block<T>* blocks;
   i64 block_count;
-  double run_factor;
   T *query_factor, *key_factor;  // [run] exp(g) and exp(-g)
   T *x, *v, *q, *grad, *scaled, *out;
   T *pk, *pq, *dphi, *y, *dy;
@@ -111,16 +149,24 @@ struct Room {
 
   Room(const Problem& p, Cutter& cut) : size(sizes<T>(p)) {
     const i64 S = p.states, LP = p.projections, run = p.a->run;
-    Running<T>* const running[] = {&state, &adjoint};
-    for (Running<T>* s : running) {
-      s->size = S * size.ld;
-      s->w = cut.take<T>(s->size);
-      s->sum = cut.take<T>(s->size);
-      s->base = cut.take<double>(s->size);
-      s->acc = cut.take<double>(s->size);
-      s->kept = 1;
-      for (i64 i = 0; s->w && i < s->size; ++i) s->w[i] = 0;  // filling between rows' ends is read, never used
+    T* shared[2] = {nullptr, nullptr};
+    for (i64 n = 0; n < p.lanes; ++n) {
+      const i64 count = S * size.ld;
+      Running<T>* const both[] = {&states[n], &adjoints[n]};
+      for (Running<T>* r : both) {
+        // Heads take turns with the adjoint run by run: what lives in a run only is theirs together.
+        const bool own = r == &states[n] || n == 0;
+        T* const w = own ? cut.take<T>(count) : shared[0];
+        T* const sum = own ? cut.take<T>(count) : shared[1];
+        double* const base = cut.take<double>(count);
+        r->place(w, sum, base, cut.take<double>(count), count);
+        shared[0] = w;
+        shared[1] = sum;
+      }
+      shared[0] = adjoints[0].w;
+      shared[1] = adjoints[0].sum;
     }
+    use(0);
     blocks = cut.take<Block<T>>(run);
     query_factor = cut.take<T>(run);
     key_factor = cut.take<T>(run);
@@ -152,7 +198,11 @@ struct Room {
     key_slopes = own_slopes = slopes;
     stashed = false;
     block_count = 0;
-    run_factor = 1;
+  }
+
+  RACE_INLINE void use(i64 lane) {
+    state = &states[lane];
+    adjoint = &adjoints[lane];
   }
 
   // Whether the blocks at hand are kept from here on; then where block n keeps the keys' part, and query head h's.
