@@ -1,83 +1,70 @@
-"""Launching the causal kernels of heads whose buckets fill several tiles: runs of one block."""
+"""Launching the causal kernels of heads whose buckets fill several tiles."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import plan, wide
-from .launch import ParameterSums, Problem, at_the_end, pointer_or
-from .launch_states import accumulate, run_totals, scan
+from . import plan
+from .launch import ParameterSums, Problem, at_the_end
+from .launch_states import scan
 from .ops import kept_states
-from .start import start
+from .wide_segments import Segments
 
 State = tuple[Tensor | None, Tensor | None]
 
 
+def _runs(p: Problem) -> plan.Runs:
+    return plan.runs_of(p.batch, p.queries, p.groups, *plan.causal_run_lengths(p.shape), p.bounds)
+
+
+def _totals(p: Problem, runs: plan.Runs) -> Tensor:
+    """Room for each run's total log decay, [runs, G]."""
+    return p.beta if p.log_decay is None else p.new(max(runs.count, 1), p.groups, dtype=torch.float64)
+
+
 def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, final mass, final value_sum, the state before each run)."""
-    runs = p.runs(of_keys=True)
-    parts, totals = accumulate(p, runs)
+    """(out, final mass, final value_sum, the state before each run); fills ``p.inverses``."""
+    runs = _runs(p)
+    parts, totals = p.new(max(runs.count, 1), p.groups, p.shape.state_size), _totals(p, runs)
+    segments = Segments(p, runs, totals)
+    for segment in segments:
+        segment.between_keys(parts)
     before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
-    if p.bounds is not None:
-        before.zero_()  # those of empty runs are read
     mass, value_sum = scan(p, runs, parts, totals, before, initial)
-    return readout(p, runs, before), mass, value_sum, before
-
-
-def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
-    """out of the queries, from the state before their run and the keys of it."""
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
-    if runs.count * p.heads:
-        start(
-            wide.readout_kernel, (runs.count * p.heads,),
-            p.query, p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes,
-            p.beta, pointer_or(runs.table, p.beta), before, out,
-            *p.query.stride()[:3], *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
-            **p.conditions, **p.options("causal_readout", tiles=True),
-        )  # fmt: skip
-    return out
+    for segment in segments:
+        segment.readout(before, segment.between_keys(parts), out)
+    return out, mass, value_sum, before
 
 
 def backward(
     p: Problem, kept: Tensor, grad_final: State, final: State, sums: ParameterSums
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """(dq, dk, dv, the gradient of log_decay, that of the initial state); adds to ``sums``."""
-    assert p.grad_out is not None
-    runs, shape = p.runs(of_keys=True), p.shape
+    """(dq, dk, dv, the gradient of log_decay, that of the initial state); adds to ``sums``.
+
+    From the queries first, dq and the gradient of the state before each run; after the scan over those from the keys.
+    """
+    runs = _runs(p)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value))
     decay = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
-    adjoints = p.new(max(runs.count, 1), p.heads, shape.state_size)
-    per_query = p.new(2, p.batch, p.heads, p.queries)
-    inputs: tuple[Tensor, ...] = (
-        p.query,
-        p.key,
-        p.value,
-        p.grad_out,
-        pointer_or(p.key_mask, p.beta),
-        pointer_or(p.log_decay, p.beta),
-    )
-    inputs += (p.hyperplanes, p.beta, pointer_or(runs.table, p.beta))
-    numbers = (
-        *p.query.stride()[:3], *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3],
-        *p.mask_strides, *p.decay_strides, p.batch, p.queries, runs.length, runs.per_row, p.groups,
-    )  # fmt: skip
-    conditions = p.conditions | {"NEED_PLANES": sums.need_planes, "SHARE": p.share}
-    if runs.count * p.heads:
-        options = p.options("causal_query_gradient", tiles=True)
-        start(
-            wide.query_gradient_kernel, (runs.count * p.heads,),
-            *inputs, kept, dq, adjoints, per_query, *sums.parts(runs, p.heads), *numbers, **conditions, **options
-        )  # fmt: skip
-    totals = run_totals(p, runs)
-    after = p.new_states(max(runs.count, 1), p.groups)
-    initial = scan(p, runs, adjoints, totals, after, grad_final, share=p.share, reverse=True)
-    if runs.count * p.groups:
-        options = p.options("causal_key_gradient", tiles=True)
-        start(
-            wide.key_gradient_kernel, (runs.count * p.groups,),
-            *inputs, kept, after, per_query, at_the_end(p, final, grad_final), dk, dv, decay,
-            *sums.parts(runs, p.groups), *numbers, **conditions, **options,
-        )  # fmt: skip
+    parts, adjoints = (p.new(max(runs.count, 1), p.groups, p.shape.state_size) for _ in range(2))
+    deltas = p.new(p.batch, p.heads, p.queries)
+    totals = _totals(p, runs)
+    segments = Segments(p, runs, totals)
+    query_parts, key_parts = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
+    for segment in segments:
+        grad_phi = segment.query_buckets_gradient(kept, segment.between_keys(parts), deltas)
+        segment.feature_gradients(False, grad_phi, dq, query_parts, sums.need_planes)
+        segment.between_queries(adjoints, deltas)
+    after = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
+    initial = scan(p, runs, adjoints, totals, after, grad_final, reverse=True)
+    end = at_the_end(p, final, grad_final)
+    for segment in segments:
+        between = segment.between_queries(adjoints, deltas)
+        of_key = segment.value_gradient(after, between, deltas, dv)
+        grad_phi = segment.key_buckets_gradient(after, between, deltas)
+        segment.feature_gradients(True, grad_phi, dk, key_parts, sums.need_planes)
+        if p.log_decay is not None:
+            segment.decay_gradient(kept, after, end, of_key, decay)
     return dq, dk, dv, decay, initial

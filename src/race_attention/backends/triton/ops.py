@@ -114,7 +114,7 @@ def kept_states(query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, ca
     groups = value.shape[2]
     count = rows
     if causal:
-        longest = plan.run_lengths(shape)[1]
+        longest = plan.causal_run_lengths(shape)[1]
         count = plan.capacity(query.shape[0], query.shape[1], rows, int(groups), longest)
     return query.new_empty(count, groups, shape.state_size, dtype=torch.float32)
 
@@ -122,8 +122,7 @@ def kept_states(query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, ca
 def kept_inverses(query: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:
     """The buffer for 1 / denominators, [B, H, Tq], where the backward pass reads them; else empty."""
     batch, queries, heads = query.shape[:3]
-    wanted = causal and shape_of(query, value, hyperplanes).narrow
-    return query.new_empty((batch, heads, queries) if wanted else (0,), dtype=torch.float32)
+    return query.new_empty((batch, heads, queries) if causal else (0,), dtype=torch.float32)
 
 
 def _backward_kernels(

@@ -16,6 +16,9 @@ from . import configs
 
 #: States of at most this many more runs than long runs need are kept, so that short inputs fill a GPU too.
 EXTRA_RUNS = 512
+#: Tokens of a sub-run of the wide causal kernels: between two of them a state lies in memory, inside one all pairs of
+#: tokens are compared.
+SUB_RUN = 256
 
 
 def power_of_two(n: int, least: int = 1) -> int:
@@ -122,6 +125,11 @@ def forget() -> None:
     """Forgets what was looked up in the table of configurations, which has changed."""
     run_lengths.cache_clear()
     options.cache_clear()
+
+
+def causal_run_lengths(shape: Shape) -> tuple[int, int]:
+    """The shortest and the longest runs of the causal kernels."""
+    return run_lengths(shape) if shape.narrow else (SUB_RUN, configs.LONGEST_RUN)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,15 @@
-"""Causal kernels for heads whose buckets fill several tiles: runs of one block, the state read tile by tile.
+"""Causal kernels for heads whose buckets fill several tiles: linear attention over stored soft buckets.
 
-Scores inside the block and the state before it are both sums over tiles, so nothing of the size of the state is
-ever held. What needs the finished sums (a score's gradient, delta) goes through the tiles a second time. The
-mathematics is that of :mod:`race_attention.backends.triton.causal`.
+Three lengths cut the tokens: *runs* carry a state in registers and are scanned over as in
+:mod:`race_attention.backends.triton.causal`; a run consists of *sub-runs* of SUB tokens, and the state between two of
+them, of the run alone, is left in memory (``local``); *blocks* of C tokens are what one program of the other kernels
+owns. Inside a sub-run a block compares its tokens with those of the other blocks, so that no program ever holds a
+state, and all of them run at once.
+
+Scratch tensors have one *line* a token, for the tokens of the runs from ``first`` on: ``phi`` [lines, heads, SW], the
+buckets padded to SW with zeros. The state between sub-runs before token ``t`` of a run lies in slot ``line of t // SUB``,
+which no other has: such tokens are at least SUB apart. Gradients use the same tensors mirrored. Shape letters are
+those of :mod:`race_attention.backends.triton.device`; SB buckets and VB of the Dv columns make a tile.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .device import (
+    add_dot,
     bucket_gradients,
     buckets,
     corner_signs,
@@ -20,293 +28,681 @@ from .device import (
     load_decay,
     load_planes,
     load_rows,
-    load_state,
     operand,
     project,
     reciprocal,
     run_bounds,
     store_planes,
     store_rows,
-    store_state,
     whole_rows,
 )
 
-NEVER_SPECIALIZED = ["B", "T", "RUN", "NC", "G", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh"]
-NEVER_SPECIALIZED += ["mb", "mt", "mh", "gb", "gt", "gh", "ob", "ot", "oh"]
+NEVER_SPECIALIZED = ["first", "lines", "T", "RUN", "SUB", "NC", "G", "BLOCKS"]
+NEVER_SPECIALIZED += ["xb", "xt", "xh", "vb", "vt", "vh", "ob", "ot", "oh", "mb", "mt", "mh", "gb", "gt", "gh"]
 
 
-@triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name not in ("B", "ob", "ot", "oh")])
-def readout_kernel(
-    query, key, value, key_mask, log_decay, planes, beta, table, before, out,
-    qb: tl.int64, qt: tl.int64, qh: tl.int64, kb: tl.int64, kt: tl.int64, kh: tl.int64,
-    vb: tl.int64, vt: tl.int64, vh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
-    gb: tl.int64, gt: tl.int64, gh: tl.int64,
-    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
-    C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+def _jit(function):  # type: ignore[no-untyped-def]
+    """triton.jit, with no length, count or stride a part of what is compiled."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in names if name in NEVER_SPECIALIZED])
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+@triton.jit
+def place(run, first, table, T, RUN, NC, PACKED: tl.constexpr):
+    """(batch, row, first token, end, last run of its row?, line of the first token) of a run."""
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    if PACKED:
+        line = start - tl.load(table + first * 4 + 1)
+    else:
+        origin = first // NC
+        line = (batch - origin) * T + start - (first - origin * NC) * RUN
+    return batch, row, start, end, last, line
+
+
+@triton.jit
+def load_columns(base, stride, start, inside, at, W: tl.constexpr, C: tl.constexpr, X: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """[C, X] elements from ``at`` on of the W of tokens start .. start + C - 1; zeros where not ``inside``, past W."""
+    c = tl.arange(0, C)
+    d = at + tl.arange(0, X)
+    step = whole_rows(stride.to(tl.int32), ALIGNED)
+    pointer = (base + start * whole_rows(stride, ALIGNED)) + ((c * step)[:, None] + d[None, :])
+    mask = inside[:, None]
+    if W % X != 0:
+        mask = mask & (d < W)[None, :]
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_between(
+    state, local, local_mass, kept, has_local, s, v, S: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """out of a run of at most C queries (programs: runs * H). ``out`` is contiguous [B, T, H, V]."""
+    """(value_sum [s, v], mass [s]) between two sub-runs: the run's own part and what came into the run."""
+    at = s[:, None] * V + v[None, :]
+    mask = (s < S)[:, None] & (v < V)[None, :]
+    value_sum = tl.load(state + at, mask=mask, other=0.0) * kept
+    local_mask = s < tl.where(has_local, S, 0)
+    value_sum += tl.load(local + at, mask=local_mask[:, None] & mask, other=0.0).to(tl.float32)
+    mass = tl.load(state + S * V + s, mask=s < S, other=0.0) * kept
+    mass += tl.load(local_mass + s, mask=local_mask, other=0.0)
+    return value_sum, mass
+
+
+@triton.jit
+def load_ages(ages, lines, G, group, line, inside, C: tl.constexpr):
+    """Sums of log_decay from the beginning of the sub-run to each token, [C] twice: whole parts, and the rest."""
+    at = ages + (line + tl.arange(0, C)) * G + group
+    whole = tl.load(at, mask=inside, other=0.0)
+    return whole, tl.load(at + lines * G, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_age(ages, lines, G, group, line, inside):
+    """The same of one token, and 0 where it is not ``inside``."""
+    at = ages + line * G + group
+    return tl.load(at, mask=inside, other=0.0), tl.load(at + lines * G, mask=inside, other=0.0)
+
+
+@triton.jit
+def weights(past, later_whole, later_part, whole, part):
+    """exp of the log decay between a later and an earlier token where ``past``, else 0."""
+    age = (later_whole - whole) + (later_part - part)
+    return tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
+
+
+# --------------------------------------------------------------------------------------------- features
+
+
+@_jit
+def features_kernel(
+    x, key_mask, planes, beta, table, phi,
+    xb: tl.int64, xt: tl.int64, xh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
+    first: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """The buckets of queries (x [B, T, H, D]) or, SHARE = 1, of keys (programs: runs * blocks * H)."""
     S: tl.constexpr = L << P
     H = G * SHARE
-    run = tl.program_id(0) // H
-    head = tl.program_id(0) - run * H
+    head = tl.program_id(0) % H
+    block = tl.program_id(0) // H % BLOCKS
+    run = first + tl.program_id(0) // H // BLOCKS
     group = head // SHARE
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    query += whole_rows(batch * qb + head * qh, ALIGNED)
-    key += whole_rows(batch * kb + group * kh, ALIGNED)
-    value += whole_rows(batch * vb + group * vh, ALIGNED)
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    t = start + block * C
+    if t >= end:
+        return
+    x += whole_rows(batch * xb + head * xh, ALIGNED)
     key_mask += batch * mb + group * mh
-    log_decay += batch * gb + group * gh
-    out += (batch * T * H + head) * V
-    state = before + (run.to(tl.int64) * G + group) * (S * (V + 1))
-    b = tl.load(beta + group)
+    phi += ((line + block * C) * H + head) * SW
     c = tl.arange(0, C)
-    past = c[:, None] >= c[None, :]
-    inside = keys_inside(key_mask, mt, start, end, C, HAS_MASK)
-    q = load_rows(query, qt, start, start + c < end, C, D, DP, ALIGNED)
-    k = load_rows(key, kt, start, inside, C, D, DP, ALIGNED)
-    score = tl.zeros([C, C], tl.float32)
-    numerator = tl.zeros([C, VP], tl.float32)
-    denominator = tl.zeros([C], tl.float32)
-    for tile in range(NS):
+    inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
+    rows = load_rows(x, xt, t, inside, C, D, DP, ALIGNED)
+    b = tl.load(beta + group)
+    for tile in tl.static_range(SW // SP):
         w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
         up, down = corner_signs(tile, P, N, SP, PRECISION)
-        value_sum, mass = load_state(state, tile, S, SP, V, VP)
-        phi_q = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-        phi_q = operand(phi_q, PRECISION)
-        phi_k = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-        phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
-        score += dot(phi_q, tl.trans(phi_k), PRECISION)
-        numerator += dot(phi_q, tl.trans(operand(value_sum, PRECISION)), PRECISION)
-        denominator += tl.sum(phi_q.to(tl.float32) * mass[None, :], 1)
-    score = tl.where(past, score, 0.0)
-    if HAS_DECAY:
-        whole, part, all_whole, all_part = load_decay(log_decay, gt, start, end, C)
-        age = (whole[:, None] - whole[None, :]) + (part[:, None] - part[None, :])
-        score *= tl.exp(tl.where(past, age, 0.0))
-        since = tl.exp(whole + part)
-        numerator *= since[:, None]
-        denominator *= since
-    score = operand(score, PRECISION)
-    v = load_rows(value, vt, start, inside, C, V, VP, ALIGNED)
-    numerator += dot(score, operand(v, PRECISION), PRECISION)
-    denominator += tl.sum(score.to(tl.float32), 1)
-    inverse = reciprocal(denominator)
-    store_rows(out, H * V, start, start + c < end, numerator * inverse[:, None], C, V, VP)
+        s = tile * SP + tl.arange(0, SP)
+        x_phi = buckets(project(rows, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
+        x_phi = tl.where(inside[:, None] & (s < S)[None, :], x_phi, 0.0)
+        pointer = phi + ((c * (H * SW).to(tl.int32))[:, None] + s[None, :])
+        tl.store(pointer, operand(x_phi, PRECISION), mask=(t + c < end)[:, None])
 
 
-@triton.jit(do_not_specialize=NEVER_SPECIALIZED)
-def query_gradient_kernel(
-    query, key, value, grad_out, key_mask, log_decay, planes, beta, table, before,
-    grad_query, adjoints, per_query, planes_parts, beta_parts,
-    qb: tl.int64, qt: tl.int64, qh: tl.int64, kb: tl.int64, kt: tl.int64, kh: tl.int64,
-    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
-    mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
-    B: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
-    C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
+@_jit
+def feature_gradients_kernel(
+    x, key_mask, planes, beta, table, grad_phi, grad_x, planes_parts, beta_parts,
+    xb: tl.int64, xt: tl.int64, xh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
+    first: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    SP: tl.constexpr, NS: tl.constexpr, SW: tl.constexpr, C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, OF_PLANES: tl.constexpr,
 ):  # fmt: skip
-    """grad_query of a run of at most C tokens, and the gradient of the state before it (programs: runs * H)."""
+    """The gradient of queries or keys from that of their buckets, and of beta (programs: runs * H).
+
+    OF_PLANES: that of the hyperplanes instead (programs: runs * H, NS tiles).
+    """
     S: tl.constexpr = L << P
     H = G * SHARE
-    run = tl.program_id(0) // H
-    head = tl.program_id(0) - run * H
+    run = first + tl.program_id(0) // H
+    head = tl.program_id(0) % H
     group = head // SHARE
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    query += whole_rows(batch * qb + head * qh, ALIGNED)
-    key += whole_rows(batch * kb + group * kh, ALIGNED)
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    x += whole_rows(batch * xb + head * xh, ALIGNED)
+    key_mask += batch * mb + group * mh
+    grad_x += (batch * T * H + head) * D
+    b = tl.load(beta + group)
+    c = tl.arange(0, C)
+    program = run * H + head
+    beta_sum = tl.zeros([C, N], tl.float32)
+    planes_sum = tl.zeros([DP, N], tl.float32)
+    for t in range(start, end, C):
+        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
+        rows = load_rows(x, xt, t, inside, C, D, DP, ALIGNED)
+        dx = tl.zeros([C, DP], tl.float32)
+        for turn in range(1 if OF_PLANES else NS):
+            tile = tl.program_id(1) if OF_PLANES else turn
+            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+            up, down = corner_signs(tile, P, N, SP, PRECISION)
+            y = project(rows, w, PRECISION)
+            phi = buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION)
+            at = grad_phi + ((line + t - start) * H + head) * SW
+            d_phi = load_columns(at, H * SW, 0, inside, tile * SP, SW, C, SP, True).to(tl.float32)
+            grad_y, grad_beta = bucket_gradients(d_phi * phi, y, b, up, down, PRECISION)
+            grad_y = operand(grad_y, PRECISION)
+            if OF_PLANES:
+                planes_sum = add_dot(planes_sum, tl.trans(operand(rows, PRECISION)), grad_y, PRECISION)
+            else:
+                beta_sum += grad_beta
+                dx = add_dot(dx, grad_y, operand(w, PRECISION), PRECISION)
+        if not OF_PLANES:
+            store_rows(grad_x, H * D, t, t + c < end, dx, C, D, DP)
+    if OF_PLANES:
+        store_planes(planes_parts, program * NS + tl.program_id(1), planes_sum, N, D, DP)
+    else:
+        tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
+
+
+# ------------------------------------------------------------------------------------------------- decay
+
+
+@_jit
+def decay_kernel(
+    log_decay, table, ages, boundaries, totals, gb: tl.int64, gt: tl.int64, gh: tl.int64,
+    first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
+    C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Sums of log_decay (programs: runs * G): from the beginning of a sub-run to each token, as
+    :func:`load_ages` reads them; from that of the run to each slot, [slots, G]; of the run, [runs, G]; float64."""
+    run = first + tl.program_id(0) // G
+    group = tl.program_id(0) % G
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    log_decay += batch * gb + group * gh
+    c = tl.arange(0, C)
+    so_far = tl.zeros([], tl.float64)
+    whole_before = tl.zeros([], tl.float32)
+    part_before = tl.zeros([], tl.float32)
+    for t in range(start, end, C):
+        if (t - start) % SUB == 0:
+            whole_before = tl.zeros([], tl.float32)
+            part_before = tl.zeros([], tl.float32)
+            if t > start:
+                tl.store(boundaries + (line + t - start) // SUB * G + group, so_far)
+        whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
+        at = ages + (line + t - start + c) * G + group
+        tl.store(at, whole_before + whole, mask=t + c < end)
+        tl.store(at + lines * G, part_before + part, mask=t + c < end)
+        so_far += all_whole.to(tl.float64) + all_part.to(tl.float64)
+        carried = tl.floor(part_before + all_part + 0.5)
+        whole_before += all_whole + carried
+        part_before += all_part - carried
+    tl.store(totals + run * G + group, so_far)
+
+
+@_jit
+def decay_gradient_kernel(
+    table, before, after, at_the_end, of_key, grad_decay,
+    first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SIZE: tl.constexpr, PARTS: tl.constexpr, E: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """grad_log_decay of a run, from its last token to its first (programs: runs * G).
+
+    As in :func:`race_attention.backends.triton.causal.key_gradient_kernel`: <state, its gradient> at the end of the
+    run, minus the sum of phi_k . grad phi_k from the token on, which :func:`value_gradient_kernel` left in PARTS.
+    """
+    run = first + tl.program_id(0) // G
+    group = tl.program_id(0) % G
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    grad_decay += batch * T * G + group
+    c = tl.arange(0, C)
+    if last | (start >= end):
+        crossing = tl.load(at_the_end + row * G + group)
+    else:
+        products = tl.zeros([E], tl.float32)
+        for e in range(0, SIZE, E):
+            here = e + tl.arange(0, E)
+            a = tl.load(before + ((run + 1) * G + group) * SIZE + here, mask=here < SIZE, other=0.0)
+            products += a * tl.load(after + (run * G + group) * SIZE + here, mask=here < SIZE, other=0.0)
+        crossing = tl.sum(products, 0)
+    blocks = (end - start + C - 1) // C
+    for i in range(0, blocks):
+        t = start + (blocks - 1 - i) * C
+        at = of_key + (line + t - start + c) * G + group
+        terms = tl.zeros([C], tl.float32)
+        for part in range(PARTS):
+            terms += tl.load(at + part * lines * G, mask=t + c < end, other=0.0)
+        tl.store(grad_decay + (t + c) * G, crossing - tl.cumsum(terms, 0, reverse=True), mask=t + c < end)
+        crossing -= tl.sum(terms, 0)
+
+
+# ------------------------------------------------------------------------------------------------ states
+
+
+@_jit
+def accumulate_kernel(
+    phi, x, key_mask, deltas, inverses, ages, table, states, local, local_mass,
+    xb: tl.int64, xt: tl.int64, xh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
+    first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
+    SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DECAY: tl.constexpr, MIRRORED: tl.constexpr,
+):  # fmt: skip
+    """The state that each run leaves, and those between its sub-runs (programs: runs * G * tiles).
+
+    phi and x are those of keys and values; MIRRORED, those of queries and grad_out, from the last block to the first:
+    the gradient of the state before each run.
+    """
+    NV: tl.constexpr = (V + VB - 1) // VB
+    NT: tl.constexpr = SW // SB
+    H = G * SHARE
+    tile = tl.program_id(0) % (NT * NV)
+    group = tl.program_id(0) // (NT * NV) % G
+    run = first + tl.program_id(0) // (NT * NV) // G
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    s = tile // NV * SB + tl.arange(0, SB)
+    v = tile % NV * VB + tl.arange(0, VB)
+    key_mask += batch * mb + group * mh
+    c = tl.arange(0, C)
+    state_at = s[:, None] * V + v[None, :]
+    fits = (s < S)[:, None] & (v < V)[None, :]
+    fits_mass = s + tile % NV * S < S  # once, by the first columns
+    value_sum = tl.zeros([SB, VB], tl.float32)
+    mass = tl.zeros([SB], tl.float32)
+    blocks = (end - start + C - 1) // C
+    for i in range(0, blocks * SHARE):
+        t = start + (blocks - 1 - i // SHARE if MIRRORED else i) * C
+        head = group * SHARE + i % SHARE
+        slot = ((line + t - start) // SUB * G + group) * S
+        between = ((t - start) % SUB == 0) & (t > start)
+        if not MIRRORED:
+            if between:
+                tl.store(local + slot * V + state_at, value_sum.to(local.dtype.element_ty), mask=fits)
+                tl.store(local_mass + slot + s, mass, mask=fits_mass)
+        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
+        rows = load_columns(x + whole_rows(batch * xb + head * xh, ALIGNED), xt, t, inside, tile % NV * VB,
+                            V, C, VB, ALIGNED)  # fmt: skip
+        rows_phi = load_columns(phi + ((line + t - start) * H + head) * SW, H * SW, 0, t + c < end, tile // NV * SB,
+                                SW, C, SB, True)  # fmt: skip
+        if HAS_DECAY:
+            whole, part = load_ages(ages, lines, G, group, line + t - start, t + c < end, C)
+            end_whole, end_part = load_age(ages, lines, G, group, line + tl.minimum(t + C, end) - 1 - start, True)
+            new_whole, new_part = load_age(ages, lines, G, group, line + t - 1 - start, (t - start) % SUB != 0)
+            kept = tl.exp((end_whole - new_whole) + (end_part - new_part))
+            if SHARE > 1:
+                kept = tl.where(i % SHARE == 0, kept, 1.0)
+            value_sum *= kept
+            mass *= kept
+        if MIRRORED:
+            at = (batch * H + head) * T + t + c
+            delta = tl.load(deltas + at, mask=t + c < end, other=0.0)
+            weight = tl.load(inverses + at, mask=t + c < end, other=0.0)
+            if HAS_DECAY:
+                weight *= tl.exp((whole - new_whole) + (part - new_part))
+            rows_phi = operand(rows_phi.to(tl.float32) * weight[:, None], PRECISION)
+            mass -= tl.sum(rows_phi.to(tl.float32) * delta[:, None], 0)
+        else:
+            if HAS_DECAY:
+                left = tl.exp((end_whole - whole) + (end_part - part))
+                rows_phi = operand(rows_phi.to(tl.float32) * left[:, None], PRECISION)
+            mass += tl.sum(rows_phi.to(tl.float32), 0)
+        value_sum = add_dot(value_sum, tl.trans(rows_phi), operand(rows, PRECISION), PRECISION)
+        if MIRRORED:
+            if between & (i % SHARE == SHARE - 1):
+                tl.store(local + slot * V + state_at, value_sum.to(local.dtype.element_ty), mask=fits)
+                tl.store(local_mass + slot + s, mass, mask=fits_mass)
+    state = states + (run * G + group) * (S * (V + 1))
+    tl.store(state + state_at, value_sum, mask=fits)
+    tl.store(state + S * V + s, mass, mask=fits_mass)
+
+
+# ----------------------------------------------------------------------------------------------- readout
+
+
+@_jit
+def readout_kernel(
+    phi_q, phi_k, value, key_mask, ages, boundaries, table, before, local, local_mass, out, inverses,
+    vb: tl.int64, vt: tl.int64, vh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
+    first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
+    BLOCKS: tl.int64,
+    SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+):  # fmt: skip
+    """out of a block of queries, contiguous [B, T, H, V], and 1 / their denominators, [B, H, T] (programs: runs *
+    blocks * H * column tiles)."""
+    NV: tl.constexpr = (V + VB - 1) // VB
+    H = G * SHARE
+    column = tl.program_id(0) % NV * VB
+    head = tl.program_id(0) // NV % H
+    block = tl.program_id(0) // NV // H % BLOCKS
+    run = first + tl.program_id(0) // NV // H // BLOCKS
+    group = head // SHARE
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    t = start + block * C
+    if t >= end:
+        return
+    value += whole_rows(batch * vb + group * vh, ALIGNED)
+    key_mask += batch * mb + group * mh
+    phi_q += ((line + t - start) * H + head) * SW
+    phi_k += (line * G + group) * SW
+    c = tl.arange(0, C)
+    v = column + tl.arange(0, VB)
+    queries = t + c < end
+    sub = start + (t - start) // SUB * SUB
+    slot = (line + sub - start) // SUB * G + group
+    state = before + (run * G + group) * (S * (V + 1))
+    kept = tl.full([], 1.0, tl.float32)
+    if HAS_DECAY:
+        kept = tl.exp(tl.load(boundaries + slot, mask=sub > start, other=0.0)).to(tl.float32)
+        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
+
+    numerator = tl.zeros([C, VB], tl.float32)
+    denominator = tl.zeros([C], tl.float32)
+    for at in tl.range(0, SW, SB, num_stages=1):
+        q = load_columns(phi_q, H * SW, 0, queries, at, SW, C, SB, True)
+        value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
+                                       at + tl.arange(0, SB), v, S, V)  # fmt: skip
+        numerator = add_dot(numerator, q, operand(value_sum, PRECISION), PRECISION)
+        denominator += tl.sum(q.to(tl.float32) * mass[None, :], 1)
+    if HAS_DECAY:
+        since = tl.exp(q_whole + q_part)
+        numerator *= since[:, None]
+        denominator *= since
+
+    if SW == SB:
+        q = load_columns(phi_q, H * SW, 0, queries, 0, SW, C, SB, True)
+    for u in range(sub, tl.minimum(t + C, end), CK):
+        j = u + tl.arange(0, CK)
+        inside = keys_inside(key_mask, mt, u, end, CK, HAS_MASK)
+        if SW == SB:
+            k = load_columns(phi_k + (u - start) * (G * SW), G * SW, 0, j < end, 0, SW, CK, SB, True)
+            score = dot(q, tl.trans(k), PRECISION)
+        else:
+            score = tl.zeros([C, CK], tl.float32)
+            for at in range(0, SW, SB):
+                q_tile = load_columns(phi_q, H * SW, 0, queries, at, SW, C, SB, True)
+                k = load_columns(phi_k + (u - start) * (G * SW), G * SW, 0, j < end, at, SW, CK, SB, True)
+                score = add_dot(score, q_tile, tl.trans(k), PRECISION)
+        rows = load_columns(value, vt, u, inside, column, V, CK, VB, ALIGNED)
+        past = (t + c)[:, None] >= j[None, :]
+        if HAS_DECAY:
+            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK)
+            score *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :])
+        score = operand(tl.where(past, score, 0.0), PRECISION)
+        numerator = add_dot(numerator, score, operand(rows, PRECISION), PRECISION)
+        denominator += tl.sum(score.to(tl.float32), 1)
+
+    inverse = reciprocal(denominator)
+    numerator *= inverse[:, None]
+    to = out + ((batch * T + t) * H + head) * V
+    mask = queries[:, None] & (v < V)[None, :]
+    tl.store(to + ((c * (H * V).to(tl.int32))[:, None] + v[None, :]), numerator.to(out.dtype.element_ty), mask=mask)
+    if column == 0:
+        tl.store(inverses + (batch * H + head) * T + t + c, inverse, mask=queries)
+
+
+@_jit
+def value_gradient_kernel(
+    phi_q, phi_k, value, grad_out, key_mask, deltas, inverses, ages, boundaries, totals, table, after, local,
+    local_mass, grad_value, of_key,
+    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
+    mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
+    T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
+    SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+):  # fmt: skip
+    """grad_value of a block of keys, contiguous [B, T, G, V] (programs: runs * blocks * G * column tiles).
+
+    The mirror of :func:`readout_kernel`: ``after`` is the gradient of the state after each run, ``local`` what the
+    queries of the later sub-runs add to it. With decay also phi_k . grad phi_k, [column tiles, lines, G]: the inner
+    product of the values, and of a one, with their gradients.
+    """
+    NV: tl.constexpr = (V + VB - 1) // VB
+    H = G * SHARE
+    column = tl.program_id(0) % NV * VB
+    group = tl.program_id(0) // NV % G
+    block = tl.program_id(0) // NV // G % BLOCKS
+    run = first + tl.program_id(0) // NV // G // BLOCKS
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    t = start + block * C
+    if t >= end:
+        return
+    key_mask += batch * mb + group * mh
+    phi_k += ((line + t - start) * G + group) * SW
+    c = tl.arange(0, C)
+    v = column + tl.arange(0, VB)
+    keys = t + c < end
+    sub_end = start + ((t - start) // SUB + 1) * SUB
+    slot = (line + sub_end - start) // SUB * G + group
+    has_local = sub_end < end
+    sub_end = tl.minimum(sub_end, end)
+    state = after + (run * G + group) * (S * (V + 1))
+    kept = tl.full([], 1.0, tl.float32)
+    if HAS_DECAY:
+        until = tl.load(boundaries + slot, mask=has_local, other=0.0)
+        kept = tl.where(has_local, tl.exp(tl.load(totals + run * G + group) - until).to(tl.float32), 1.0)
+        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
+        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
+
+    dv = tl.zeros([C, VB], tl.float32)
+    of_mass = tl.zeros([C], tl.float32)
+    if HAS_DECAY:
+        for at in tl.range(0, SW, FEW, num_stages=1):
+            k = load_columns(phi_k, G * SW, 0, keys, at, SW, C, FEW, True)
+            grad_sum, grad_mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, has_local,
+                                               at + tl.arange(0, FEW), v, S, V)  # fmt: skip
+            dv += fine_dot(k, grad_sum, PRECISION)
+            of_mass += tl.sum(k.to(tl.float32) * grad_mass[None, :], 1)
+    else:
+        for at in tl.range(0, SW, SB, num_stages=1):
+            k = load_columns(phi_k, G * SW, 0, keys, at, SW, C, SB, True)
+            grad_sum, grad_mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, has_local,
+                                               at + tl.arange(0, SB), v, S, V)  # fmt: skip
+            dv = add_dot(dv, k, operand(grad_sum, PRECISION), PRECISION)
+    if HAS_DECAY:
+        left = tl.exp((end_whole - k_whole) + (end_part - k_part))
+        dv *= left[:, None]
+        of_mass *= left
+
+    if SW == SB:
+        k = load_columns(phi_k, G * SW, 0, keys, 0, SW, C, SB, True)
+    for n in range(0, (sub_end - t + CK - 1) // CK * SHARE):
+        u = t + n // SHARE * CK
+        head = group * SHARE + n % SHARE
+        i = u + tl.arange(0, CK)
+        queries = i < sub_end
+        their_phi = phi_q + ((line + u - start) * H + head) * SW
+        if SW == SB:
+            q = load_columns(their_phi, H * SW, 0, queries, 0, SW, CK, SB, True)
+            score = dot(k, tl.trans(q), PRECISION)
+        else:
+            score = tl.zeros([C, CK], tl.float32)
+            for at in range(0, SW, SB):
+                k_tile = load_columns(phi_k, G * SW, 0, keys, at, SW, C, SB, True)
+                q = load_columns(their_phi, H * SW, 0, queries, at, SW, CK, SB, True)
+                score = add_dot(score, k_tile, tl.trans(q), PRECISION)
+        rows = load_columns(grad_out + whole_rows(batch * ob + head * oh, ALIGNED), ot, u, queries, column,
+                            V, CK, VB, ALIGNED)  # fmt: skip
+        query_at = (batch * H + head) * T + i
+        inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
+        past = (t + c)[:, None] <= i[None, :]
+        score *= inverse[None, :]
+        if HAS_DECAY:
+            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
+            score *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
+        score = operand(tl.where(past, score, 0.0), PRECISION)
+        dv = add_dot(dv, score, operand(rows, PRECISION), PRECISION)
+        if HAS_DECAY:
+            delta = tl.load(deltas + query_at, mask=queries, other=0.0)
+            of_mass -= tl.sum(score.to(tl.float32) * delta[None, :], 1)
+
+    to = grad_value + ((batch * T + t) * G + group) * V
+    mask = keys[:, None] & (v < V)[None, :]
+    tl.store(to + ((c * (G * V).to(tl.int32))[:, None] + v[None, :]), dv.to(grad_value.dtype.element_ty), mask=mask)
+    if HAS_DECAY:
+        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
+        value += whole_rows(batch * vb + group * vh, ALIGNED)
+        rows = load_columns(value, vt, t, inside, column, V, C, VB, ALIGNED)
+        terms = tl.sum(dv * rows.to(tl.float32), 1) + tl.where(column == 0, of_mass, 0.0)
+        tl.store(of_key + (column // VB * lines + line + t - start + c) * G + group, terms, mask=keys)
+
+
+# --------------------------------------------------------------------------------- gradients of the buckets
+
+
+@_jit
+def query_buckets_gradient_kernel(
+    phi_k, value, grad_out, out, key_mask, deltas, inverses, ages, boundaries, totals, table, before, local,
+    local_mass, grad_phi,
+    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
+    mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
+    T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
+    SHARE: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the buckets of a block of queries, [lines, H, SW], and grad_out . out, [B, H, T] (programs: runs *
+    blocks * H * tiles)."""
+    NT: tl.constexpr = SW // SB
+    H = G * SHARE
+    tile = tl.program_id(0) % NT
+    head = tl.program_id(0) // NT % H
+    block = tl.program_id(0) // NT // H % BLOCKS
+    run = first + tl.program_id(0) // NT // H // BLOCKS
+    group = head // SHARE
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    t = start + block * C
+    if t >= end:
+        return
     value += whole_rows(batch * vb + group * vh, ALIGNED)
     grad_out += whole_rows(batch * ob + head * oh, ALIGNED)
     key_mask += batch * mb + group * mh
-    log_decay += batch * gb + group * gh
-    grad_query += (batch * T * H + head) * D
-    delta_at = per_query + (batch * H + head) * T
-    inverse_at = delta_at + B * H * T
-    program = run.to(tl.int64) * H + head
-    state = before + (run.to(tl.int64) * G + group) * (S * (V + 1))
-    adjoint = adjoints + program * (S * (V + 1))
-    b = tl.load(beta + group)
+    phi_k += (line * G + group) * SW
     c = tl.arange(0, C)
-    past = c[:, None] >= c[None, :]
-    inside = keys_inside(key_mask, mt, start, end, C, HAS_MASK)
-    queries = start + c < end
-    q = load_rows(query, qt, start, queries, C, D, DP, ALIGNED)
-    k = load_rows(key, kt, start, inside, C, D, DP, ALIGNED)
-    do = load_rows(grad_out, ot, start, queries, C, V, VP, ALIGNED)
-    weight = tl.where(past, 1.0, 0.0)
-    since = tl.full([C], 1.0, tl.float32)
+    s = tile * SB + tl.arange(0, SB)
+    queries = t + c < end
+    sub = start + (t - start) // SUB * SUB
+    slot = (line + sub - start) // SUB * G + group
+    state = before + (run * G + group) * (S * (V + 1))
+    do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
+    o = load_columns(out + (batch * T * H + head) * V, H * V, t, queries, 0, V, C, VP, ALIGNED and V % 8 == 0)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    query_at = (batch * H + head) * T + t + c
+    inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
+    if tile == 0:
+        tl.store(deltas + query_at, delta, mask=queries)
+    kept = tl.full([], 1.0, tl.float32)
     if HAS_DECAY:
-        whole, part, all_whole, all_part = load_decay(log_decay, gt, start, end, C)
-        age = (whole[:, None] - whole[None, :]) + (part[:, None] - part[None, :])
-        weight = tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
-        since = tl.exp(whole + part)
-    score = tl.zeros([C, C], tl.float32)
-    denominator = tl.zeros([C], tl.float32)
-    delta = tl.zeros([C], tl.float32)
-    for tile in range(NS):
-        w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-        up, down = corner_signs(tile, P, N, SP, PRECISION)
-        value_sum, mass = load_state(state, tile, S, SP, V, VP)
-        phi_q = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-        phi_q = operand(phi_q, PRECISION)
-        phi_k = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-        phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
-        score += dot(phi_q, tl.trans(phi_k), PRECISION)
-        rounded = phi_q.to(tl.float32) * since[:, None]
-        denominator += tl.sum(rounded * mass[None, :], 1)
-        delta += tl.sum(rounded * fine_dot(do, value_sum, PRECISION), 1)
-    score = operand(score * weight, PRECISION).to(tl.float32)
-    v = load_rows(value, vt, start, inside, C, V, VP, ALIGNED)
-    along = dot(operand(do, PRECISION), tl.trans(operand(v, PRECISION)), PRECISION)  # grad_out_i . v_j
-    denominator += tl.sum(score, 1)
-    inverse = reciprocal(denominator)
-    delta = (delta + tl.sum(score * along, 1)) * inverse  # grad_out_i . out_i
-    tl.store(delta_at + start + c, delta, mask=queries)
-    tl.store(inverse_at + start + c, inverse, mask=queries)
-    grad_score = operand((along - delta[:, None]) * weight * inverse[:, None], PRECISION)
-
-    dq = tl.zeros([C, DP], tl.float32)
-    beta_sum = tl.zeros([C, N], tl.float32)
-    for tile in range(NS):
-        w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-        up, down = corner_signs(tile, P, N, SP, PRECISION)
-        value_sum, mass = load_state(state, tile, S, SP, V, VP)
-        y = project(q, w, PRECISION)
-        phi_q = buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION)
-        phi_k = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-        phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
-        grad_phi = fine_dot(do, value_sum, PRECISION) - delta[:, None] * mass[None, :]
-        grad_phi = grad_phi * (since * inverse)[:, None] + dot(grad_score, phi_k, PRECISION)
-        grad_y, grad_beta = bucket_gradients(grad_phi * phi_q, y, b, up, down, PRECISION)
-        beta_sum += grad_beta
-        grad_y = operand(grad_y, PRECISION)
-        dq += dot(grad_y, operand(w, PRECISION), PRECISION)
-        if NEED_PLANES:
-            of_planes = dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
-            store_planes(planes_parts, program * NS + tile, of_planes, N, D, DP)
-        seen = operand(operand(phi_q, PRECISION).to(tl.float32) * (since * inverse)[:, None], PRECISION)
-        grad_mass = -tl.sum(seen.to(tl.float32) * delta[:, None], 0)
-        store_state(adjoint, tile, dot(tl.trans(operand(do, PRECISION)), seen, PRECISION), grad_mass, S, SP, V, VP)
-    store_rows(grad_query, H * D, start, queries, dq, C, D, DP)
-    tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
+        kept = tl.exp(tl.load(boundaries + slot, mask=sub > start, other=0.0)).to(tl.float32)
+        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
+    d_phi = tl.zeros([C, SB], tl.float32)
+    for at in tl.range(0, VP, FEW, num_stages=1):
+        some = load_columns(grad_out, ot, t, queries, at, V, C, FEW, ALIGNED)
+        value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
+                                       s, at + tl.arange(0, FEW), S, V)  # fmt: skip
+        d_phi += fine_dot(some, tl.trans(value_sum), PRECISION)
+        d_phi -= tl.where(at == 0, delta, 0.0)[:, None] * mass[None, :]
+    if HAS_DECAY:
+        d_phi *= (tl.exp(q_whole + q_part) * inverse)[:, None]
+    else:
+        d_phi *= inverse[:, None]
+    do = operand(do, PRECISION)
+    for u in range(sub, tl.minimum(t + C, end), CK):
+        j = u + tl.arange(0, CK)
+        inside = keys_inside(key_mask, mt, u, end, CK, HAS_MASK)
+        rows = load_columns(value, vt, u, inside, 0, V, CK, VP, ALIGNED)
+        k = load_columns(phi_k + (u - start) * (G * SW), G * SW, 0, j < end, tile * SB, SW, CK, SB, True)
+        along = dot(do, tl.trans(operand(rows, PRECISION)), PRECISION)
+        along = (along - delta[:, None]) * inverse[:, None]
+        past = (t + c)[:, None] >= j[None, :]
+        if HAS_DECAY:
+            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK)
+            along *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :])
+        along = operand(tl.where(past, along, 0.0), PRECISION)
+        d_phi = add_dot(d_phi, along, k, PRECISION)
+    to = grad_phi + ((line + t - start) * H + head) * SW
+    tl.store(
+        to + ((c * (H * SW).to(tl.int32))[:, None] + s[None, :]),
+        d_phi.to(grad_phi.dtype.element_ty),
+        mask=queries[:, None],
+    )
 
 
-@triton.jit(do_not_specialize=NEVER_SPECIALIZED)
-def key_gradient_kernel(
-    query, key, value, grad_out, key_mask, log_decay, planes, beta, table, before, after, per_query, at_the_end,
-    grad_key, grad_value, grad_decay, planes_parts, beta_parts,
-    qb: tl.int64, qt: tl.int64, qh: tl.int64, kb: tl.int64, kt: tl.int64, kh: tl.int64,
+@_jit
+def key_buckets_gradient_kernel(
+    phi_q, value, grad_out, out, key_mask, deltas, inverses, ages, boundaries, totals, table, after, local,
+    local_mass, grad_phi,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
-    mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
-    B: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
-    C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
+    mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
+    T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
+    SHARE: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """grad_key, grad_value and grad_log_decay of a run of at most C tokens (programs: runs * G)."""
-    S: tl.constexpr = L << P
+    """The gradient of the buckets of a block of keys, [lines, G, SW] (programs: runs * blocks * G * tiles)."""
+    NT: tl.constexpr = SW // SB
     H = G * SHARE
-    run = tl.program_id(0) // G
-    group = tl.program_id(0) - run * G
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    query += whole_rows(batch * qb + group * SHARE * qh, ALIGNED)
-    key += whole_rows(batch * kb + group * kh, ALIGNED)
+    tile = tl.program_id(0) % NT
+    group = tl.program_id(0) // NT % G
+    block = tl.program_id(0) // NT // G % BLOCKS
+    run = first + tl.program_id(0) // NT // G // BLOCKS
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    t = start + block * C
+    if t >= end:
+        return
     value += whole_rows(batch * vb + group * vh, ALIGNED)
-    grad_out += whole_rows(batch * ob + group * SHARE * oh, ALIGNED)
     key_mask += batch * mb + group * mh
-    log_decay += batch * gb + group * gh
-    grad_key += (batch * T * G + group) * D
-    grad_value += (batch * T * G + group) * V
-    grad_decay += batch * T * G + group
-    per_query += (batch * H + group * SHARE) * T
-    inverses = B * H * T
-    program = run.to(tl.int64) * G + group
-    adjoint = after + program * (S * (V + 1))
-    b = tl.load(beta + group)
     c = tl.arange(0, C)
-    past = c[:, None] <= c[None, :]  # keys down, queries across
-    queries = start + c < end
-    inside = keys_inside(key_mask, mt, start, end, C, HAS_MASK)
-    k = load_rows(key, kt, start, inside, C, D, DP, ALIGNED)
-    v = load_rows(value, vt, start, inside, C, V, VP, ALIGNED)
-    weight = tl.where(past, 1.0, 0.0)
-    left = tl.full([C], 1.0, tl.float32)
+    s = tile * SB + tl.arange(0, SB)
+    keys = t + c < end
+    sub_end = start + ((t - start) // SUB + 1) * SUB
+    slot = (line + sub_end - start) // SUB * G + group
+    has_local = sub_end < end
+    sub_end = tl.minimum(sub_end, end)
+    state = after + (run * G + group) * (S * (V + 1))
+    inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
+    kept = tl.full([], 1.0, tl.float32)
     if HAS_DECAY:
-        whole, part, all_whole, all_part = load_decay(log_decay, gt, start, end, C)
-        age = (whole[None, :] - whole[:, None]) + (part[None, :] - part[:, None])
-        weight = tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
-        left = tl.exp((all_whole - whole) + (all_part - part))
-
-    dv = tl.zeros([C, VP], tl.float32)
-    of_key = tl.zeros([C], tl.float32)  # phi_k . grad phi_k
-    for share in range(SHARE):
-        share_q, share_o = whole_rows(share * qh, ALIGNED), whole_rows(share * oh, ALIGNED)
-        q = load_rows(query + share_q, qt, start, queries, C, D, DP, ALIGNED)
-        do = load_rows(grad_out + share_o, ot, start, queries, C, V, VP, ALIGNED)
-        delta = tl.load(per_query + share * T + start + c, mask=queries, other=0.0)
-        inverse = tl.load(per_query + inverses + share * T + start + c, mask=queries, other=0.0)
-        score = tl.zeros([C, C], tl.float32)
-        for tile in range(NS):
-            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-            up, down = corner_signs(tile, P, N, SP, PRECISION)
-            phi_q = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-            phi_k = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-            phi_k = operand(tl.where(inside[:, None], phi_k, 0.0), PRECISION)
-            score += dot(phi_k, tl.trans(operand(phi_q, PRECISION)), PRECISION)
-        score *= weight * inverse[None, :]
-        dv += dot(operand(score, PRECISION), operand(do, PRECISION), PRECISION)
-        if HAS_DECAY:
-            along = dot(operand(v, PRECISION), tl.trans(operand(do, PRECISION)), PRECISION)
-            of_key += tl.sum((along - delta[None, :]) * score, 1)
-
-    dk = tl.zeros([C, DP], tl.float32)
-    beta_sum = tl.zeros([C, N], tl.float32)
+        until = tl.load(boundaries + slot, mask=has_local, other=0.0)
+        kept = tl.where(has_local, tl.exp(tl.load(totals + run * G + group) - until).to(tl.float32), 1.0)
+        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
+        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
+    d_phi = tl.zeros([C, SB], tl.float32)
+    for at in tl.range(0, VP, FEW, num_stages=1):
+        some = load_columns(value, vt, t, inside, at, V, C, FEW, ALIGNED)
+        grad_sum, grad_mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, has_local,
+                                           s, at + tl.arange(0, FEW), S, V)  # fmt: skip
+        d_phi += fine_dot(some, tl.trans(grad_sum), PRECISION)
+        d_phi += tl.where(at == 0, grad_mass, 0.0)[None, :]
     if HAS_DECAY:
-        crossing = tl.where(last, tl.load(at_the_end + row * G + group), 0.0)
-    for tile in range(NS):
-        w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-        up, down = corner_signs(tile, P, N, SP, PRECISION)
-        grad_sum, grad_mass = load_state(adjoint, tile, S, SP, V, VP)
-        y = project(k, w, PRECISION)
-        phi_k = tl.where(inside[:, None], buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION), 0.0)
-        grad_phi = fine_dot(v, grad_sum, PRECISION) + grad_mass[None, :]
-        phi_left = operand(phi_k * left[:, None], PRECISION)
-        dv += dot(phi_left, tl.trans(operand(grad_sum, PRECISION)), PRECISION)
+        d_phi *= tl.exp((end_whole - k_whole) + (end_part - k_part))[:, None]
+    rows = operand(load_columns(value, vt, t, inside, 0, V, C, VP, ALIGNED), PRECISION)
+    for n in range(0, (sub_end - t + CK - 1) // CK * SHARE):
+        u = t + n // SHARE * CK
+        head = group * SHARE + n % SHARE
+        i = u + tl.arange(0, CK)
+        queries = i < sub_end
+        do = load_columns(grad_out + whole_rows(batch * ob + head * oh, ALIGNED), ot, u, queries, 0,
+                          V, CK, VP, ALIGNED)  # fmt: skip
+        q = load_columns(phi_q + ((line + u - start) * H + head) * SW, H * SW, 0, queries, tile * SB, SW, CK, SB, True)
+        query_at = (batch * H + head) * T + i
+        delta = tl.load(deltas + query_at, mask=queries, other=0.0)
+        inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
+        along = dot(rows, tl.trans(operand(do, PRECISION)), PRECISION)
+        along = (along - delta[None, :]) * inverse[None, :]
+        past = (t + c)[:, None] <= i[None, :]
         if HAS_DECAY:
-            of_key += tl.sum(grad_phi * phi_left.to(tl.float32), 1)
-        grad_phi *= left[:, None]
-        for share in range(SHARE):
-            share_q, share_o = whole_rows(share * qh, ALIGNED), whole_rows(share * oh, ALIGNED)
-            q = load_rows(query + share_q, qt, start, queries, C, D, DP, ALIGNED)
-            do = load_rows(grad_out + share_o, ot, start, queries, C, V, VP, ALIGNED)
-            delta = tl.load(per_query + share * T + start + c, mask=queries, other=0.0)
-            inverse = tl.load(per_query + inverses + share * T + start + c, mask=queries, other=0.0)
-            along = dot(operand(v, PRECISION), tl.trans(operand(do, PRECISION)), PRECISION)
-            grad_score = operand((along - delta[None, :]) * weight * inverse[None, :], PRECISION)
-            phi_q = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-            grad_phi += dot(grad_score, operand(phi_q, PRECISION), PRECISION)
-        grad_log = grad_phi * phi_k
-        grad_y, grad_beta = bucket_gradients(grad_log, y, b, up, down, PRECISION)
-        beta_sum += grad_beta
-        grad_y = operand(grad_y, PRECISION)
-        dk += dot(grad_y, operand(w, PRECISION), PRECISION)
-        if NEED_PLANES:
-            of_planes = dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
-            store_planes(planes_parts, program * NS + tile, of_planes, N, D, DP)
-        if HAS_DECAY:
-            if not last:
-                value_sum, mass = load_state(before + (program + G) * (S * (V + 1)), tile, S, SP, V, VP)
-                crossing += tl.sum(tl.sum(value_sum * grad_sum, 0) + mass * grad_mass, 0)
-    if HAS_DECAY:
-        tl.store(grad_decay + (start + c) * G, crossing - tl.cumsum(of_key, 0, reverse=True), mask=queries)
-    store_rows(grad_key, G * D, start, queries, dk, C, D, DP)
-    store_rows(grad_value, G * V, start, queries, dv, C, V, VP)
-    tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
+            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
+            along *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
+        along = operand(tl.where(past, along, 0.0), PRECISION)
+        d_phi = add_dot(d_phi, along, q, PRECISION)
+    to = grad_phi + ((line + t - start) * G + group) * SW
+    tl.store(
+        to + ((c * (G * SW).to(tl.int32))[:, None] + s[None, :]),
+        d_phi.to(grad_phi.dtype.element_ty),
+        mask=keys[:, None],
+    )

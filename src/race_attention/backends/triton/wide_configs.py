@@ -1,0 +1,75 @@
+"""Tiles and configurations of the kernels in wide.py, by shape class; never by length."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from . import plan
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernels of a shape class are cut and compiled; the last two of each are Triton's warps and stages.
+
+    Attributes:
+        width: SW, buckets padded with zeros.
+        features, feature_gradients: (C, ...), tokens of a block.
+        accumulate: (C, SB, VB, ...), with the buckets and the columns of a state's tile.
+        readout, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared with.
+        buckets_gradient: (C, CK, SB, ...).
+    """
+
+    width: int
+    features: tuple[int, int, int]
+    feature_gradients: tuple[int, int, int]
+    accumulate: tuple[int, int, int, int, int]
+    readout: tuple[int, int, int, int, int, int]
+    value_gradient: tuple[int, int, int, int, int, int]
+    buckets_gradient: tuple[int, int, int, int, int]
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_of(shape: plan.Shape) -> Tiles:
+    """The tiles of a shape class."""
+    columns = plan.power_of_two(shape.value_dim, 16)
+    if shape.dtype == torch.float32:
+        return _float32(shape, columns)
+    width = -(-shape.buckets // 128) * 128
+    narrow = min(columns, 128)
+    if columns <= 128 and shape.dim <= 128:
+        pair = (128, 64, 128, narrow, 8, 2)
+        return Tiles(
+            width,
+            features=(32, 4, 1),
+            feature_gradients=(32, 4, 1),
+            accumulate=(64, 128, narrow, 8, 3),
+            readout=pair,
+            value_gradient=pair,
+            buckets_gradient=(128, 64, 128, 8, 2),
+        )
+    return Tiles(
+        width,
+        features=(32, 8, 1),
+        feature_gradients=(32, 8, 1),
+        accumulate=(64, 128, narrow, 8, 2),
+        readout=(128, 64, 128, narrow, 8, 2),
+        value_gradient=(128, 64, 128, narrow, 8, 2),
+        buckets_gradient=(64, 32, 64, 8, 1),
+    )
+
+
+def _float32(shape: plan.Shape, columns: int) -> Tiles:
+    """Products on the plain units, whose operands take registers: small tiles."""
+    narrow = min(columns, 64)
+    return Tiles(
+        width=-(-shape.buckets // 64) * 64,
+        features=(16, 8, 1),
+        feature_gradients=(16, 8, 1),
+        accumulate=(16, 64, narrow, 8, 1),
+        readout=(32, 32, 64, narrow, 8, 1),
+        value_gradient=(32, 32, 64, narrow, 8, 1),
+        buckets_gradient=(16, 16, 64, 8, 1),
+    )

@@ -1,0 +1,261 @@
+"""Segments of a call on wide heads, and the launches of the kernels on one.
+
+Buckets of all tokens and states between sub-runs lie in scratch memory, of as many runs at a time as SCRATCH_BYTES
+hold. Where that is all of them, the second pass of a call finds there what the first one left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan, wide
+from .launch import Problem, pointer_or
+from .start import start
+from .wide_configs import Tiles, tiles_of
+
+#: Scratch memory of a call at most, as far as one run fits.
+SCRATCH_BYTES = 6 << 30
+#: Buckets or columns of the pieces in which a state is multiplied in two parts: their operands take registers.
+FEW = 32
+Between = tuple[Tensor, Tensor]  # value sums [slots, G, S, Dv] and masses [slots, G, S] between sub-runs
+
+
+class Segments:
+    """The runs of a call, as many at a time as fit; iterate once for each pass.
+
+    Attributes:
+        ranges: (first run, number of runs) of each segment.
+        lines: tokens of the longest.
+    """
+
+    def __init__(self, p: Problem, runs: plan.Runs, totals: Tensor) -> None:
+        self.p, self.runs, self.totals = p, runs, totals
+        item = 2 if p.shape.precision == "bf16" else 4
+        states = 4 * p.shape.state_size * p.groups // plan.SUB_RUN
+        line = 2 * (p.heads + p.groups) * tiles_of(p.shape).width * item + 2 * states  # of a backward pass
+        if p.grad_out is None:
+            line //= 2
+        tokens, fits = p.batch * p.queries, SCRATCH_BYTES // line
+        each = runs.count if tokens <= fits else max(fits // runs.length, 1)
+        self.lines = tokens if tokens <= fits else each * runs.length
+        self.ranges = [(a, min(each, runs.count - a)) for a in range(0, runs.count, max(each, 1))] if tokens else []
+        self._only: Segment | None = None
+
+    def __iter__(self) -> Iterator[Segment]:
+        for first, count in self.ranges:
+            segment = self._only or Segment(self.p, self.runs, self.totals, first, count, self.lines)
+            if len(self.ranges) == 1:
+                self._only = segment
+            yield segment
+
+
+class Segment:
+    """Runs ``first`` to ``first + count - 1``, with room for ``lines`` tokens. What is scratch is filled on demand."""
+
+    def __init__(self, p: Problem, runs: plan.Runs, totals: Tensor, first: int, count: int, lines: int) -> None:
+        self.p, self.runs, self.totals, self.first, self.count, self.lines = p, runs, totals, first, count, lines
+        self.tiles: Tiles = tiles_of(p.shape)
+        self.slots = lines // plan.SUB_RUN + 2
+        self.table = pointer_or(runs.table, p.beta)
+        self.mask = pointer_or(p.key_mask, p.beta)
+        self._between_keys: Between | None = None
+        self._between_queries: Between | None = None
+
+    def _blocks(self, block: int) -> int:
+        return -(-self.runs.length // block)
+
+    def _options(self, config: tuple[int, ...]) -> dict[str, Any]:
+        p = self.p
+        return {
+            "ALIGNED": p.aligned,
+            "PACKED": p.bounds is not None,
+            "num_warps": config[-2],
+            "num_stages": config[-1],
+        }
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        shape = self.p.shape
+        return {"V": shape.value_dim, "S": shape.buckets, "SW": self.tiles.width, "PRECISION": shape.precision}
+
+    @property
+    def _lengths(self) -> tuple[int, int, int, int, int]:
+        """T, RUN, SUB, NC, G."""
+        return self.p.queries, self.runs.length, plan.SUB_RUN, self.runs.per_row, self.p.groups
+
+    # ------------------------------------------------------------------------------------- features
+
+    def _new_phi(self, heads: int) -> Tensor:
+        dtype = torch.bfloat16 if self.p.shape.precision == "bf16" else torch.float32
+        return self.p.query.new_empty(self.lines, heads, self.tiles.width, dtype=dtype)
+
+    def _feature_arguments(self, of_keys: bool) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
+        """(x, the numbers, the options) of both kernels of features."""
+        p = self.p
+        x = p.key if of_keys else p.query
+        t, run, _, per_row, groups = self._lengths
+        options = {k: v for k, v in p.shape.constants(False).items() if k not in ("V", "VP")}
+        options |= {"SHARE": 1 if of_keys else p.share, "SW": self.tiles.width}
+        options["HAS_MASK"] = of_keys and p.key_mask is not None
+        return x, (*x.stride()[:3], *p.mask_strides, self.first, t, run, per_row, groups), options
+
+    def _features(self, of_keys: bool) -> Tensor:
+        p, config = self.p, self.tiles.features
+        x, numbers, options = self._feature_arguments(of_keys)
+        phi = self._new_phi(x.shape[2])
+        blocks = self._blocks(config[0])
+        start(
+            wide.features_kernel, (self.count * blocks * x.shape[2],),
+            x, self.mask, p.hyperplanes, p.beta, self.table, phi, *numbers, blocks,
+            C=config[0], **options, **self._options(config),
+        )  # fmt: skip
+        return phi
+
+    @cached_property
+    def phi_q(self) -> Tensor:
+        """Buckets of the queries, [lines, H, SW]."""
+        return self._features(of_keys=False)
+
+    @cached_property
+    def phi_k(self) -> Tensor:
+        """Buckets of the keys, [lines, G, SW], 0 where a key does not take part."""
+        return self._features(of_keys=True)
+
+    def feature_gradients(
+        self, of_keys: bool, grad_phi: Tensor, grad_x: Tensor, parts: tuple[Tensor, Tensor], need_planes: bool
+    ) -> None:
+        """The gradient of queries or keys from that of their buckets, and parts of the parameters'."""
+        p, config = self.p, self.tiles.feature_gradients
+        x, numbers, options = self._feature_arguments(of_keys)
+        for of_planes in (False, True) if need_planes else (False,):
+            start(
+            wide.feature_gradients_kernel, (self.count * x.shape[2], p.shape.tiles if of_planes else 1),
+                x, self.mask, p.hyperplanes, p.beta, self.table, grad_phi, grad_x, *parts, *numbers,
+                NS=p.shape.tiles, C=config[0], OF_PLANES=of_planes, **options, **self._options(config),
+            )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------- decay
+
+    @cached_property
+    def decay(self) -> tuple[Tensor, Tensor]:
+        """(ages [2, lines, G], log decay before each slot [slots, G]); fills the segment's part of ``totals``."""
+        p = self.p
+        if p.log_decay is None:
+            return p.beta, p.beta
+        ages, boundaries = p.new(2, self.lines, p.groups), p.new(self.slots, p.groups, dtype=torch.float64)
+        start(
+            wide.decay_kernel, (self.count * p.groups,),
+            p.log_decay, self.table, ages, boundaries, self.totals, *p.decay_strides, self.first, self.lines,
+            *self._lengths, C=min(64, plan.SUB_RUN), PACKED=p.bounds is not None, num_warps=2,
+        )  # fmt: skip
+        return ages, boundaries
+
+    def decay_gradient(self, before: Tensor, after: Tensor, end: Tensor, of_key: Tensor, result: Tensor) -> None:
+        """The gradient of log_decay, from what :meth:`value_gradient` returned."""
+        p = self.p
+        t, run, _, per_row, groups = self._lengths
+        start(
+            wide.decay_gradient_kernel, (self.count * p.groups,),
+            self.table, before, after, end, of_key, result, self.first, self.lines, t, run, per_row, groups,
+            SIZE=p.shape.state_size, PARTS=of_key.shape[0], E=2048, C=128, PACKED=p.bounds is not None, num_warps=4,
+        )  # fmt: skip
+
+    # --------------------------------------------------------------------------------------- states
+
+    def between_keys(self, parts: Tensor) -> Between:
+        """The states between sub-runs; fills the segment's part of those that each run leaves."""
+        if self._between_keys is None:
+            p = self.p
+            dtype = torch.bfloat16 if p.grad_out is None and p.shape.precision == "bf16" else torch.float32
+            self._between_keys = self._accumulate(self.phi_k, p.value, parts, None, dtype)
+        return self._between_keys
+
+    def between_queries(self, adjoints: Tensor, deltas: Tensor) -> Between:
+        """The gradients of the states between sub-runs, and the segment's part of those before each run."""
+        if self._between_queries is None:
+            assert self.p.grad_out is not None
+            self._between_queries = self._accumulate(self.phi_q, self.p.grad_out, adjoints, deltas, torch.float32)
+        return self._between_queries
+
+    def _accumulate(self, phi: Tensor, x: Tensor, states: Tensor, deltas: Tensor | None, dtype: torch.dtype) -> Between:
+        p, config = self.p, self.tiles.accumulate
+        block, buckets, columns = config[:3]
+        between = (
+            p.new(self.slots, p.groups, p.shape.buckets, p.shape.value_dim, dtype=dtype),
+            p.new(self.slots, p.groups, p.shape.buckets),
+        )
+        programs = self.count * p.groups * (self.tiles.width // buckets) * -(-p.shape.value_dim // columns)
+        mirrored = deltas is not None
+        start(
+            wide.accumulate_kernel, (programs,),
+            phi, x, self.mask, pointer_or(deltas, p.beta), pointer_or(p.inverses, p.beta), self.decay[0], self.table, states, *between,
+            *x.stride()[:3], *p.mask_strides, self.first, self.lines, *self._lengths,
+            SHARE=p.share if mirrored else 1, VB=columns, SB=buckets, C=block, MIRRORED=mirrored,
+            HAS_MASK=p.key_mask is not None and not mirrored, HAS_DECAY=p.log_decay is not None,
+            **self._state, **self._options(config),
+        )  # fmt: skip
+        return between
+
+    # -------------------------------------------------------------------- readout and its gradients
+
+    def _pairs(self, config: tuple[int, ...]) -> dict[str, Any]:
+        """The options of the kernels that compare tokens of a sub-run."""
+        options = {"SHARE": self.p.share, "C": config[0], "CK": config[1], "SB": config[2]} | self.p.conditions
+        return options | self._state | self._options(config)
+
+    def _numbers(self, block: int) -> tuple[int, ...]:
+        return *self.p.mask_strides, self.first, self.lines, *self._lengths, self._blocks(block)
+
+    def readout(self, before: Tensor, between: Between, out: Tensor) -> None:
+        """out of the queries from the state before each run, and the inverses of their denominators."""
+        p, config = self.p, self.tiles.readout
+        columns = config[3]
+        programs = self.count * self._blocks(config[0]) * p.heads * -(-p.shape.value_dim // columns)
+        start(
+            wide.readout_kernel, (programs,),
+            self.phi_q, self.phi_k, p.value, self.mask, *self.decay, self.table, before, *between, out, p.inverses,
+            *p.value.stride()[:3], *self._numbers(config[0]), VB=columns, **self._pairs(config),
+        )  # fmt: skip
+
+    def value_gradient(self, after: Tensor, between: Between, deltas: Tensor, dv: Tensor) -> Tensor:
+        """Fills dv; returns, with decay, phi_k . grad phi_k in parts to be added, [parts, lines, G]."""
+        p, config = self.p, self.tiles.value_gradient
+        assert p.grad_out is not None
+        columns = config[3]
+        parts = -(-p.shape.value_dim // columns)
+        of_key = p.beta if p.log_decay is None else p.new(parts, self.lines, p.groups)
+        start(
+            wide.value_gradient_kernel, (self.count * self._blocks(config[0]) * p.groups * parts,),
+            self.phi_q, self.phi_k, p.value, p.grad_out, self.mask, deltas, p.inverses, *self.decay, self.totals,
+            self.table, after, *between, dv, of_key, *p.value.stride()[:3], *p.grad_out.stride()[:3],
+            *self._numbers(config[0]), VB=columns, FEW=FEW, **self._pairs(config),
+        )  # fmt: skip
+        return of_key
+
+    def query_buckets_gradient(self, before: Tensor, between: Between, deltas: Tensor) -> Tensor:
+        """The gradient of phi_q, [lines, H, SW]; fills ``deltas`` with grad_out . out, [B, H, T]."""
+        return self._buckets_gradient(False, before, between, deltas)
+
+    def key_buckets_gradient(self, after: Tensor, between: Between, deltas: Tensor) -> Tensor:
+        """The gradient of phi_k, [lines, G, SW]."""
+        return self._buckets_gradient(True, after, between, deltas)
+
+    def _buckets_gradient(self, of_keys: bool, state: Tensor, between: Between, deltas: Tensor) -> Tensor:
+        p, config = self.p, self.tiles.buckets_gradient
+        assert p.grad_out is not None
+        heads = p.groups if of_keys else p.heads
+        grad_phi = self._new_phi(heads)
+        start(
+            wide.key_buckets_gradient_kernel if of_keys else wide.query_buckets_gradient_kernel,
+            (self.count * self._blocks(config[0]) * heads * (self.tiles.width // config[2]),),
+            self.phi_q if of_keys else self.phi_k, p.value, p.grad_out, p.out, self.mask, deltas, p.inverses,
+            *self.decay, self.totals, self.table, state, *between, grad_phi,
+            *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
+            VP=plan.power_of_two(p.shape.value_dim, 16), FEW=FEW, **self._pairs(config),
+        )  # fmt: skip
+        return grad_phi

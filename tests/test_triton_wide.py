@@ -1,0 +1,98 @@
+"""Causal kernels of heads whose buckets fill several tiles, with sub-runs and runs so short that few tokens fill many.
+
+On a GPU as they are, without one in Triton's interpreter (TRITON_INTERPRET=1), else skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from race_attention.testing import make_inputs, oracle
+from tests.helpers import assert_equal_results, evaluate, in_double, whole
+
+pytest.importorskip("triton")
+from race_attention.backends.triton import configs, plan, wide_configs, wide_segments
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+FLOAT32 = torch.float32
+DTYPES = (FLOAT32,) if INTERPRETED else (FLOAT32, torch.float16, torch.bfloat16)
+
+#: One case for each thing that a kernel does, in sub-runs of 32 and runs of 64 tokens.
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"tokens": 150, "planes": 6, "tables": 2, "heads": 1},
+    "every-option": {
+        "tokens": 101, "planes": 7, "tables": 1, "kv_heads": 1, "decay": "token", "initial_state": True,
+        "masked": 0.2, "value_dim": 5,
+    },
+    "packed": {
+        "lengths": (70, 0, 1, 40, 33), "planes": 5, "tables": 5, "heads": 1, "decay": "token", "initial_state": True,
+        "value_dim": 3,
+    },
+    "batch": {"batch": 2, "tokens": 66, "planes": 1, "tables": 40, "heads": 1, "strides": "transposed", "masked": 0.2,
+              "value_dim": 40},
+    "many-buckets": {"tokens": 40, "planes": 9, "tables": 1, "heads": 1, "beta": 9.0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(plan, "SUB_RUN", 32)
+    monkeypatch.setattr(configs, "LONGEST_RUN", 64)
+    monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
+    small = wide_configs.Tiles(
+        width=0,
+        features=(32, 4, 1),
+        feature_gradients=(32, 4, 1),
+        accumulate=(32, 64, 32, 4, 1),
+        readout=(32, 16, 128, 32, 4, 1),
+        value_gradient=(16, 32, 64, 32, 4, 1),
+        buckets_gradient=(32, 16, 64, 4, 1),
+    )
+
+    def tiles_of(shape: plan.Shape) -> wide_configs.Tiles:
+        return wide_configs.Tiles(**(vars(small) | {"width": -(-shape.buckets // 128) * 128}))
+
+    monkeypatch.setattr(wide_segments, "tiles_of", tiles_of)
+    return monkeypatch
+
+
+def inputs_of(case: str, dtype: torch.dtype) -> dict[str, Any]:
+    options = {"causal": True, "batch": 1, "heads": 2, "dim": 16, "scale": 0.3} | CASES[case]
+    return make_inputs(**options, dtype=dtype, device=DEVICE, requires_grad=True, seed=len(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_oracle(case: str, dtype: torch.dtype, short_runs: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(case, dtype)
+    right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
+
+
+@pytest.mark.parametrize("case", ["every-option", "packed"])
+def test_segments_change_nothing(case: str, short_runs: pytest.MonkeyPatch) -> None:
+    """Neither how many there are, nor a repeat: equal to the bit."""
+    inputs = inputs_of(case, FLOAT32)
+    one = evaluate(whole, inputs, backend="triton")
+    short_runs.setattr(wide_segments, "SCRATCH_BYTES", 1)  # a run a segment
+    several = evaluate(whole, inputs, backend="triton")
+    for name, value in one.items():
+        assert torch.equal(value, several[name]), name
+
+
+def test_lengths_as_they_are() -> None:
+    """The tiles and lengths of the table, more than one sub-run."""
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=290, heads=1, dim=16, scale=0.3, planes=6, tables=2, dtype=torch.float16,
+        device=DEVICE, requires_grad=True, decay="token", value_dim=6,
+    )  # fmt: skip
+    right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), right, torch.float16)
