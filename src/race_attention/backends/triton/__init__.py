@@ -3,7 +3,7 @@
     device.py    what the kernels share: tiles, soft buckets and their gradients, decay inside a block
     states.py    the state of each run of tokens, and the scan over them
     causal.py, causal_gradients.py, wide.py, full.py    buckets in one tile, in several, not causal
-    decode.py    one token in place on the state
+    decode.py, decode_ops.py     one token, and its operator
     plan.py, configs.py          runs of tokens, configurations
     launch.py, launch_*.py       host code of the launches: shared, then by what they launch
     passes.py, ops.py            the forward and the backward pass, torch operators
@@ -56,8 +56,11 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, mass, value_sum) of a call that :func:`why_not` allows; the states are float64, or None if not wanted."""
+    from . import decode_ops
     from .ops import triton_forward
 
+    if decode_ops.serves(call):
+        return decode_ops.run(call)
     out, mass, value_sum = triton_forward(
         call.query,
         call.key,

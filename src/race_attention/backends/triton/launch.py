@@ -115,7 +115,7 @@ class ParameterSums:
         self.of_queries = self.of_keys = (0, problem.beta, problem.beta)
 
     def parts(self, runs: plan.Runs, heads: int) -> tuple[Tensor, Tensor]:
-        """Room for the parts of runs * heads programs: the queries' pass first, then the keys'; either may be missing."""
+        """Room for the parts of runs * heads programs: the queries' pass first, then the keys'; or one of them."""
         p, shape = self.problem, self.problem.shape
         size = (runs.count, heads, shape.tiles, shape.rows, shape.dim) if self.need_planes else (0,)
         empty_runs = p.bounds is not None and not shape.narrow  # they write nothing where runs are one block
