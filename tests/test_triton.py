@@ -225,6 +225,40 @@ def test_the_users_table_comes_first(tmp_path: Any, monkeypatch: pytest.MonkeyPa
     configs._users_table.cache_clear()
 
 
+def test_autotuning_keeps_the_fastest_that_is_right(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that would be fastest is compiled wrongly here, and another does not compile."""
+    from race_attention.backends.triton import autotune, configs
+    from race_attention.backends.triton.ops import triton_forward
+
+    wrong, fails, slow, fast = (configs.Config(*c) for c in ((64, 4, 1), (64, 8, 1), (16, 4, 1), (32, 4, 1)))
+    times = {wrong: 1.0, fast: 2.0, slow: 3.0}
+
+    def on_trial() -> configs.Config:
+        return next(reversed(configs._trial.values()))
+
+    def forward(*inputs: Any) -> Any:
+        if on_trial() == fails:
+            raise RuntimeError("out of registers")
+        out, *rest = triton_forward(*inputs)
+        return (out * 1.1 if on_trial() == wrong else out, *rest)
+
+    monkeypatch.setenv("RACE_ATTENTION_CONFIG", str(tmp_path / "own.json"))
+    monkeypatch.setattr(configs, "KERNELS", ("full_accumulate", "full_readout"))
+    monkeypatch.setattr(autotune, "triton_forward", forward)
+    monkeypatch.setattr(autotune, "_time", lambda step: times[on_trial()])
+    configs._users_table.cache_clear()
+    lines: list[str] = []
+    try:
+        autotune.autotune(16, 16, 2, 2, FLOAT32, candidates=(wrong, fails, slow, fast), report=lines.append)
+        assert set(configs._users_table().values()) == {fast}
+        assert len(configs._users_table()) == 2
+    finally:
+        monkeypatch.undo()
+        configs._users_table.cache_clear()
+    assert sum("wrong: out has a relative error of 1.0e-01" in line for line in lines) == 2
+    assert sum("RuntimeError" in line for line in lines) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="a CUDA graph needs a GPU")
 def test_a_graph_captures_decoding_and_the_kernels() -> None:

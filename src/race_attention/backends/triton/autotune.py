@@ -1,19 +1,27 @@
 """Times a handful of configurations for a shape class on the GPU at hand and writes the user's own table.
 
+A configuration that is compiled wrongly is not hypothetical (see start.py): each has to give the oracle's results,
+within the error budget, before it is timed.
+
 python -m race_attention.backends.triton.autotune --dim 128 --planes 4 --tables 4 --dtype bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from race_attention.testing import BUDGETS, oracle, relative_error
 
 from . import configs, plan
 from .configs import Config
@@ -64,54 +72,96 @@ def autotune(
     Raises:
         ValueError: there is no GPU.
     """
-    if not torch.cuda.is_available():
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
         raise ValueError("autotune: got a machine without a GPU that torch sees, allowed is one with")
     shape = plan.shape_class(dim, value_dim, tables, planes, dtype, precision_of(dtype))
     padded = plan.power_of_two(dim, 16), plan.power_of_two(value_dim, 16)
     found: dict[str, Config] = {}
-    for kernel in configs.KERNELS:
-        name = configs.key(kernel, *padded, shape.tile, dtype)
+    for kernel in configs.KERNELS if shape.narrow else _OF_SEVERAL_TILES:
+        name = configs.key(kernel if shape.narrow else f"wide_{kernel}", *padded, shape.tile, dtype)
         times: dict[Config, float] = {}
         for candidate in candidates:
             try:
                 with _trying({**found, name: candidate}):
-                    times[candidate] = _time(kernel, shape, tokens, heads)
+                    wrong = _wrong(kernel, shape)
+                    if wrong is None:
+                        times[candidate] = _time(_Step(kernel, shape, tokens, heads))
+                    else:
+                        report(f"{name}: {candidate} passed over, wrong: {wrong}")
             except Exception as error:  # Triton raises what it likes where a configuration does not fit
                 report(f"{name}: {candidate} passed over, {type(error).__name__}")
         if times:
             found[name] = min(times, key=lambda c: times[c])
             report(f"{name}: {found[name]}, {times[found[name]]:.3f} ms")
-    return configs.write_users_table(found, torch.cuda.get_device_name())
+    return configs.write_users_table(found, "Triton's interpreter" if interpreted else torch.cuda.get_device_name())
 
 
-def _time(kernel: str, shape: plan.Shape, tokens: int, heads: int) -> float:
-    """The median time in milliseconds of a forward pass, or forward and backward, that the kernel takes part in."""
-    causal = not kernel.startswith("full")
-    forward_only = kernel in ("accumulate", "causal_readout", "full_readout")
-    device = torch.device("cuda")
+#: Causal calls of several tiles have a table of their own, wide_configs.py.
+_OF_SEVERAL_TILES = ("full_readout", "full_query_gradient", "full_key_gradient")
 
-    def tokens_of(size: int) -> Tensor:
-        return torch.randn(1, tokens, heads, size, device=device, dtype=shape.dtype, requires_grad=not forward_only)
 
-    query, key, value = tokens_of(shape.dim), tokens_of(shape.dim), tokens_of(shape.value_dim)
-    planes = torch.randn(heads, shape.tables, shape.planes, shape.dim, device=device) * shape.dim**-0.5
-    beta = torch.full((heads,), 4.0, device=device)
-    grad = torch.randn_like(value)
+class _Step:
+    """A forward pass, or forward and backward, that a kernel takes part in."""
 
-    def step() -> None:
-        out = triton_forward(query, key, value, planes, beta, None, None, None, None, None, None, causal)[0]
-        if not forward_only:
-            torch.autograd.grad(out, (query, key, value), grad)
+    def __init__(self, kernel: str, shape: plan.Shape, tokens: int, heads: int) -> None:
+        self.causal = not kernel.startswith("full")
+        self.backward = kernel not in ("accumulate", "causal_readout", "full_accumulate", "full_readout")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        generator = torch.Generator(device=device).manual_seed(0)
 
+        def numbers(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device)
+
+        sizes = (shape.dim, shape.dim, shape.value_dim)
+        self.inputs = [numbers(1, tokens, heads, size).to(shape.dtype).requires_grad_(self.backward) for size in sizes]
+        self.planes = numbers(heads, shape.tables, shape.planes, shape.dim) * shape.dim**-0.5
+        self.beta = torch.full((heads,), 4.0, device=device)
+        self.grad = numbers(1, tokens, heads, shape.value_dim).to(shape.dtype)
+
+    def __call__(self) -> list[Tensor]:
+        nothing = (None, None, None, None, None, None)
+        out = triton_forward(*self.inputs, self.planes, self.beta, *nothing, self.causal)[0]
+        return [out, *torch.autograd.grad(out, self.inputs, self.grad)] if self.backward else [out]
+
+    def right(self) -> list[Tensor]:
+        """The same by the oracle in float64."""
+        query, key, value = inputs = [x.detach().double().requires_grad_(self.backward) for x in self.inputs]
+        out = oracle(query, key, value, self.planes, self.beta, causal=self.causal)
+        return [out, *torch.autograd.grad(out, inputs, self.grad.double())] if self.backward else [out]
+
+
+@functools.lru_cache(maxsize=4)
+def _right(causal: bool, backward: bool, shape: plan.Shape) -> list[Tensor]:
+    kernel = ("causal" if causal else "full") + ("_query_gradient" if backward else "_readout")
+    return _Step(kernel, shape, _CHECKED, 2).right()
+
+
+#: Tokens of the call that is compared with the oracle: several blocks, and part of one.
+_CHECKED = 333
+
+
+def _wrong(kernel: str, shape: plan.Shape) -> str | None:
+    """What is out of the error budget with the configuration under trial, or None."""
+    step = _Step(kernel, shape, _CHECKED, 2)
+    names = ("out", "gradient of query", "gradient of key", "gradient of value")
+    for name, got, right in zip(names, step(), _right(step.causal, step.backward, shape), strict=False):
+        error, budget = relative_error(got, right), BUDGETS[shape.dtype]["forward" if name == "out" else "backward"]
+        if not error <= budget:
+            return f"{name} has a relative error of {error:.1e}, allowed is {budget:.0e}"
+    return None
+
+
+def _time(step: Callable[[], object]) -> float:
+    """The median time in milliseconds."""
     times = []
     for turn in range(8):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        begin = time.perf_counter()
         step()
-        end.record()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         if turn > 2:
-            times.append(begin.elapsed_time(end))
+            times.append((time.perf_counter() - begin) * 1e3)
     return statistics.median(times)
 
 
