@@ -1,0 +1,135 @@
+"""The equivalence table on a GPU: every case by every route against the float64 oracle, into a result file.
+
+    python -m benchmarks.gpu_equivalence [--output FILE] [--commit ABC] [--workers 14]
+
+Cases, routes and error budgets are those of tests/helpers.py, with shapes of several bucket tiles and large heads
+besides. Rows say the largest relative error (norm) of output and states, and of all gradients. Exit status 1 where
+one is out of its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import RESULTS, context
+from race_attention.testing import BUDGETS, make_inputs, oracle, relative_error
+from tests.helpers import (
+    CASES,
+    LONG_CASES,
+    by_ranks,
+    by_segments,
+    by_sequences,
+    evaluate,
+    in_double,
+    whole,
+    with_padding,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Buckets in several tiles, heads that are large, not a power of two, or as small as a layer has.
+SHAPES: dict[str, dict[str, Any]] = {
+    "causal-6-2": {"causal": True, "tokens": 150, "dim": 128, "planes": 6, "tables": 2, "heads": 2, "scale": 0.09},
+    "causal-8-1": {
+        "causal": True, "tokens": 150, "dim": 128, "planes": 8, "tables": 1, "heads": 2, "decay": "token",
+        "scale": 0.09,
+    },
+    "causal-1024-buckets": {
+        "causal": True, "tokens": 70, "dim": 32, "planes": 10, "tables": 1, "heads": 1, "scale": 0.2,
+    },
+    "causal-40-tables": {
+        "causal": True, "lengths": (20, 0, 1, 97), "dim": 16, "planes": 1, "tables": 40, "heads": 2, "masked": 0.2,
+    },
+    "full-5-5": {"tokens": 90, "dim": 16, "planes": 5, "tables": 5, "heads": 2, "initial_state": True},
+    "full-8-1": {
+        "tokens": 90, "keys": 210, "dim": 64, "planes": 8, "tables": 1, "heads": 4, "kv_heads": 2, "scale": 0.1,
+    },
+    "causal-large-head": {
+        "causal": True, "tokens": 70, "dim": 200, "value_dim": 144, "planes": 2, "tables": 2, "heads": 1, "scale": 0.07,
+    },
+    "full-256": {"tokens": 70, "dim": 256, "planes": 3, "tables": 3, "heads": 2, "scale": 0.06},
+    "causal-4-4": {
+        "causal": True, "batch": 2, "tokens": 1100, "dim": 128, "planes": 4, "tables": 4, "heads": 4, "kv_heads": 2,
+        "decay": "token", "scale": 0.09,
+    },
+    "full-4-4": {
+        "tokens": 1100, "dim": 128, "planes": 4, "tables": 4, "heads": 4, "kv_heads": 2, "scale": 0.09, "masked": 0.1,
+    },
+    "causal-140000": {
+        "causal": True, "batch": 1, "tokens": 140_000, "dim": 32, "planes": 3, "tables": 3, "heads": 2,
+        "decay": "token", "scale": 0.2,
+    },
+    "full-140000": {"batch": 1, "tokens": 140_000, "dim": 32, "planes": 3, "tables": 3, "heads": 2, "scale": 0.2},
+}  # fmt: skip
+#: Tokens past which the reference backend in float64 is what is right; the oracle compares all pairs.
+PAIRS = 5000
+
+
+def routes_of(case: str, options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "whole", whole
+    if case in SHAPES:
+        return
+    if "lengths" in options:
+        yield "each sequence alone", by_sequences
+        return
+    yield "padded", with_padding
+    if case in LONG_CASES:
+        return
+    if options.get("causal"):
+        yield "token by token", partial(by_segments, sizes=(1,))
+        yield "segments of 1, 6, 3", partial(by_segments, sizes=(1, 6, 3))
+    yield "ranks of 5 keys", partial(by_ranks, sizes=(5,))
+
+
+def evaluated(job: tuple[str, torch.dtype]) -> list[dict[str, Any]]:
+    """The rows of a case in a dtype."""
+    case, dtype = job
+    options = (CASES | LONG_CASES | SHAPES)[case]
+    inputs = make_inputs(**options, dtype=dtype, device="cuda", requires_grad=True, seed=len(case))
+    if inputs["query"].shape[1] <= PAIRS:
+        right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
+    else:
+        right = evaluate(whole, in_double(inputs), backend="reference")
+    rows = []
+    for name, route in routes_of(case, options):
+        found = evaluate(route, inputs, backend="triton")
+        worst = {"forward": 0.0, "backward": 0.0}
+        for what, value in right.items():
+            direction = "backward" if what.startswith("gradient") else "forward"
+            worst[direction] = max(worst[direction], relative_error(found[what].cpu(), value.cpu()))
+        within = all(error <= BUDGETS[dtype][direction] for direction, error in worst.items())
+        rows.append({"part": str(dtype).removeprefix("torch."), "case": case, "route": name, **worst, "within": within})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--commit", default=None, help="where the checkout's own history is not at hand")
+    parser.add_argument("--workers", type=int, default=14)
+    given = parser.parse_args()
+    names = [name for name in (*CASES, *LONG_CASES, *SHAPES) if "bucket" not in name or name in SHAPES]
+    jobs = [(name, dtype) for dtype in DTYPES for name in names]
+    machine = context(given.commit)
+    title = f"Triton backend on one {machine['gpu']}: errors against the float64 oracle"
+    output = given.output or RESULTS / f"gpu-equivalence-{machine['gpu'].lower().replace(' ', '-')}.json"
+    rows: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
+        for some in pool.imap(evaluated, jobs, chunksize=1):
+            rows += some
+            output.write_text(json.dumps({"title": title, "context": machine, "rows": rows}, indent=1) + "\n")
+    bad = [row for row in rows if not row["within"]]
+    print(f"{len(rows)} rows, {len(bad)} out of their budget", *bad, sep="\n")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
