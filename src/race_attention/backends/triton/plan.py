@@ -64,6 +64,10 @@ class Shape:
     def narrow(self) -> bool:
         return self.tiles == 1
 
+    def rows_of(self, tile: int) -> int:
+        """N for tiles of so many buckets."""
+        return power_of_two(max(1, min(self.tables, tile >> self.planes)) * self.planes, 16)
+
     def constants(self, tiles: bool) -> dict[str, object]:
         """The compile-time arguments that every kernel has; with ``tiles`` also how many tiles there are."""
         always = {

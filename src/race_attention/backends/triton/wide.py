@@ -625,11 +625,7 @@ def query_buckets_gradient_kernel(
         along = operand(tl.where(past, along, 0.0), PRECISION)
         d_phi = add_dot(d_phi, along, k, PRECISION)
     to = grad_phi + ((line + t - start) * H + head) * SW
-    tl.store(
-        to + ((c * (H * SW).to(tl.int32))[:, None] + s[None, :]),
-        d_phi.to(grad_phi.dtype.element_ty),
-        mask=queries[:, None],
-    )
+    tl.store(to + ((c * (H * SW).to(tl.int32))[:, None] + s[None, :]), d_phi.to(grad_phi.dtype.element_ty), mask=queries[:, None])
 
 
 @_jit
@@ -701,8 +697,4 @@ def key_buckets_gradient_kernel(
         along = operand(tl.where(past, along, 0.0), PRECISION)
         d_phi = add_dot(d_phi, along, q, PRECISION)
     to = grad_phi + ((line + t - start) * G + group) * SW
-    tl.store(
-        to + ((c * (G * SW).to(tl.int32))[:, None] + s[None, :]),
-        d_phi.to(grad_phi.dtype.element_ty),
-        mask=keys[:, None],
-    )
+    tl.store(to + ((c * (G * SW).to(tl.int32))[:, None] + s[None, :]), d_phi.to(grad_phi.dtype.element_ty), mask=keys[:, None])

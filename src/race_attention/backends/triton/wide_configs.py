@@ -9,22 +9,21 @@ import torch
 
 from . import plan
 
-
 @dataclass(frozen=True)
 class Tiles:
     """How the kernels of a shape class are cut and compiled; the last two of each are Triton's warps and stages.
 
     Attributes:
         width: SW, buckets padded with zeros.
-        features, feature_gradients: (C, ...), tokens of a block.
+        features, feature_gradients: (C, SP, ...), tokens of a block and buckets that are computed at a time.
         accumulate: (C, SB, VB, ...), with the buckets and the columns of a state's tile.
         readout, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared with.
         buckets_gradient: (C, CK, SB, ...).
     """
 
     width: int
-    features: tuple[int, int, int]
-    feature_gradients: tuple[int, int, int]
+    features: tuple[int, int, int, int]
+    feature_gradients: tuple[int, int, int, int]
     accumulate: tuple[int, int, int, int, int]
     readout: tuple[int, int, int, int, int, int]
     value_gradient: tuple[int, int, int, int, int, int]
@@ -43,17 +42,17 @@ def tiles_of(shape: plan.Shape) -> Tiles:
         pair = (128, 64, 128, narrow, 8, 2)
         return Tiles(
             width,
-            features=(32, 4, 1),
-            feature_gradients=(32, 4, 1),
-            accumulate=(64, 128, narrow, 8, 3),
+            features=(32, shape.tile, 4, 1),
+            feature_gradients=(32, shape.tile, 4, 1),
+            accumulate=(64, 64, narrow, 4, 3),
             readout=pair,
             value_gradient=pair,
             buckets_gradient=(128, 64, 128, 8, 2),
         )
     return Tiles(
         width,
-        features=(32, 8, 1),
-        feature_gradients=(32, 8, 1),
+        features=(32, shape.tile, 8, 1),
+        feature_gradients=(32, shape.tile, 8, 1),
         accumulate=(64, 128, narrow, 8, 2),
         readout=(128, 64, 128, narrow, 8, 2),
         value_gradient=(128, 64, 128, narrow, 8, 2),
@@ -66,8 +65,8 @@ def _float32(shape: plan.Shape, columns: int) -> Tiles:
     narrow = min(columns, 64)
     return Tiles(
         width=-(-shape.buckets // 64) * 64,
-        features=(16, 8, 1),
-        feature_gradients=(16, 8, 1),
+        features=(16, shape.tile, 8, 1),
+        feature_gradients=(16, shape.tile, 8, 1),
         accumulate=(16, 64, narrow, 8, 1),
         readout=(32, 32, 64, narrow, 8, 1),
         value_gradient=(32, 32, 64, narrow, 8, 1),

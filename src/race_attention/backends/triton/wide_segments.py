@@ -94,19 +94,19 @@ class Segment:
         dtype = torch.bfloat16 if self.p.shape.precision == "bf16" else torch.float32
         return self.p.query.new_empty(self.lines, heads, self.tiles.width, dtype=dtype)
 
-    def _feature_arguments(self, of_keys: bool) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
-        """(x, the numbers, the options) of both kernels of features."""
+    def _feature_arguments(self, of_keys: bool, tile: int) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
+        """(x, the numbers, the options) of both kernels of features, with so many buckets at a time."""
         p = self.p
         x = p.key if of_keys else p.query
         t, run, _, per_row, groups = self._lengths
         options = {k: v for k, v in p.shape.constants(False).items() if k not in ("V", "VP")}
-        options |= {"SHARE": 1 if of_keys else p.share, "SW": self.tiles.width}
+        options |= {"SP": tile, "N": p.shape.rows_of(tile), "SHARE": 1 if of_keys else p.share, "SW": self.tiles.width}
         options["HAS_MASK"] = of_keys and p.key_mask is not None
         return x, (*x.stride()[:3], *p.mask_strides, self.first, t, run, per_row, groups), options
 
     def _features(self, of_keys: bool) -> Tensor:
         p, config = self.p, self.tiles.features
-        x, numbers, options = self._feature_arguments(of_keys)
+        x, numbers, options = self._feature_arguments(of_keys, config[1])
         phi = self._new_phi(x.shape[2])
         blocks = self._blocks(config[0])
         start(
@@ -131,12 +131,13 @@ class Segment:
     ) -> None:
         """The gradient of queries or keys from that of their buckets, and parts of the parameters'."""
         p, config = self.p, self.tiles.feature_gradients
-        x, numbers, options = self._feature_arguments(of_keys)
         for of_planes in (False, True) if need_planes else (False,):
+            tile = p.shape.tile if of_planes else config[1]
+            x, numbers, options = self._feature_arguments(of_keys, tile)
             start(
             wide.feature_gradients_kernel, (self.count * x.shape[2], p.shape.tiles if of_planes else 1),
                 x, self.mask, p.hyperplanes, p.beta, self.table, grad_phi, grad_x, *parts, *numbers,
-                NS=p.shape.tiles, C=config[0], OF_PLANES=of_planes, **options, **self._options(config),
+                NS=-(-p.shape.buckets // tile), C=config[0], OF_PLANES=of_planes, **options, **self._options(config),
             )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- decay
@@ -179,10 +180,14 @@ class Segment:
         """The gradients of the states between sub-runs, and the segment's part of those before each run."""
         if self._between_queries is None:
             assert self.p.grad_out is not None
-            self._between_queries = self._accumulate(self.phi_q, self.p.grad_out, adjoints, deltas, torch.float32)
+            self._between_queries = self._accumulate(
+                self.phi_q, self.p.grad_out, adjoints, deltas, torch.float32
+            )
         return self._between_queries
 
-    def _accumulate(self, phi: Tensor, x: Tensor, states: Tensor, deltas: Tensor | None, dtype: torch.dtype) -> Between:
+    def _accumulate(
+        self, phi: Tensor, x: Tensor, states: Tensor, deltas: Tensor | None, dtype: torch.dtype
+    ) -> Between:
         p, config = self.p, self.tiles.accumulate
         block, buckets, columns = config[:3]
         between = (
