@@ -48,7 +48,9 @@ def check(
     query, key, value = _check_tokens(query, key, value, causal)
     groups = key.shape[2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    hyperplanes = _check_hyperplanes(hyperplanes, query, groups).to(dtype) * check_scale(scale)
+    hyperplanes, scale = _check_hyperplanes(hyperplanes, query, groups).to(dtype), check_scale(scale)
+    if torch.compiler.is_compiling() or scale != 1:  # a product less; traced, a dynamic scale would be guarded on
+        hyperplanes = hyperplanes * scale
     cu_seqlens, cu_seqlens_key = _check_packing(query, key, causal, cu_seqlens, cu_seqlens_key)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     mass, value_sum = _check_state(initial_state, rows, hyperplanes, value, groups)
