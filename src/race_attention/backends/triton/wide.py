@@ -7,23 +7,23 @@ owns. Inside a sub-run a block compares its tokens with those of the other block
 state, and all of them run at once.
 
 Scratch tensors have one *line* a token, for the tokens of the runs from ``first`` on: ``phi`` [lines, heads, SW], the
-buckets padded to SW with zeros. The state between sub-runs before token ``t`` of a run lies in slot ``line of t // SUB``,
+buckets padded to SW with zeros. The state between two sub-runs, before token ``t``, lies in slot ``line of t // SUB``,
 which no other has: such tokens are at least SUB apart. Gradients use the same tensors mirrored. Shape letters are
 those of :mod:`race_attention.backends.triton.device`; SB buckets and VB of the Dv columns make a tile.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from .device import (
     add_dot,
-    bucket_gradients,
     buckets,
     corner_signs,
     dot,
-    fine_dot,
     keys_inside,
     load_decay,
     load_planes,
@@ -32,8 +32,6 @@ from .device import (
     project,
     reciprocal,
     run_bounds,
-    store_planes,
-    store_rows,
     whole_rows,
 )
 
@@ -41,8 +39,8 @@ NEVER_SPECIALIZED = ["first", "lines", "T", "RUN", "SUB", "NC", "G", "BLOCKS"]
 NEVER_SPECIALIZED += ["xb", "xt", "xh", "vb", "vt", "vh", "ob", "ot", "oh", "mb", "mt", "mh", "gb", "gt", "gh"]
 
 
-def _jit(function):  # type: ignore[no-untyped-def]
-    """triton.jit, with no length, count or stride a part of what is compiled."""
+def kernel(function: Any) -> Any:
+    """``triton.jit``, with no length, count or stride a part of what is compiled."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(function, do_not_specialize=[name for name in names if name in NEVER_SPECIALIZED])
 
@@ -63,7 +61,9 @@ def place(run, first, table, T, RUN, NC, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_columns(base, stride, start, inside, at, W: tl.constexpr, C: tl.constexpr, X: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+def load_columns(
+    base, stride, start, inside, at, W: tl.constexpr, C: tl.constexpr, X: tl.constexpr, ALIGNED: tl.constexpr
+):
     """[C, X] elements from ``at`` on of the W of tokens start .. start + C - 1; zeros where not ``inside``, past W."""
     c = tl.arange(0, C)
     d = at + tl.arange(0, X)
@@ -115,7 +115,7 @@ def weights(past, later_whole, later_part, whole, part):
 # --------------------------------------------------------------------------------------------- features
 
 
-@_jit
+@kernel
 def features_kernel(
     x, key_mask, planes, beta, table, phi,
     xb: tl.int64, xt: tl.int64, xh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
@@ -152,71 +152,20 @@ def features_kernel(
         tl.store(pointer, operand(x_phi, PRECISION), mask=(t + c < end)[:, None])
 
 
-@_jit
-def feature_gradients_kernel(
-    x, key_mask, planes, beta, table, grad_phi, grad_x, planes_parts, beta_parts,
-    xb: tl.int64, xt: tl.int64, xh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
-    first: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
-    SP: tl.constexpr, NS: tl.constexpr, SW: tl.constexpr, C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, OF_PLANES: tl.constexpr,
-):  # fmt: skip
-    """The gradient of queries or keys from that of their buckets, and of beta (programs: runs * H).
-
-    OF_PLANES: that of the hyperplanes instead (programs: runs * H, NS tiles).
-    """
-    S: tl.constexpr = L << P
-    H = G * SHARE
-    run = first + tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    group = head // SHARE
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    x += whole_rows(batch * xb + head * xh, ALIGNED)
-    key_mask += batch * mb + group * mh
-    grad_x += (batch * T * H + head) * D
-    b = tl.load(beta + group)
-    c = tl.arange(0, C)
-    program = run * H + head
-    beta_sum = tl.zeros([C, N], tl.float32)
-    planes_sum = tl.zeros([DP, N], tl.float32)
-    for t in range(start, end, C):
-        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        rows = load_rows(x, xt, t, inside, C, D, DP, ALIGNED)
-        dx = tl.zeros([C, DP], tl.float32)
-        for turn in range(1 if OF_PLANES else NS):
-            tile = tl.program_id(1) if OF_PLANES else turn
-            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-            up, down = corner_signs(tile, P, N, SP, PRECISION)
-            y = project(rows, w, PRECISION)
-            phi = buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION)
-            at = grad_phi + ((line + t - start) * H + head) * SW
-            d_phi = load_columns(at, H * SW, 0, inside, tile * SP, SW, C, SP, True).to(tl.float32)
-            grad_y, grad_beta = bucket_gradients(d_phi * phi, y, b, up, down, PRECISION)
-            grad_y = operand(grad_y, PRECISION)
-            if OF_PLANES:
-                planes_sum = add_dot(planes_sum, tl.trans(operand(rows, PRECISION)), grad_y, PRECISION)
-            else:
-                beta_sum += grad_beta
-                dx = add_dot(dx, grad_y, operand(w, PRECISION), PRECISION)
-        if not OF_PLANES:
-            store_rows(grad_x, H * D, t, t + c < end, dx, C, D, DP)
-    if OF_PLANES:
-        store_planes(planes_parts, program * NS + tl.program_id(1), planes_sum, N, D, DP)
-    else:
-        tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
-
-
 # ------------------------------------------------------------------------------------------------- decay
 
 
-@_jit
+@kernel
 def decay_kernel(
     log_decay, table, ages, boundaries, totals, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
     C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Sums of log_decay (programs: runs * G): from the beginning of a sub-run to each token, as
-    :func:`load_ages` reads them; from that of the run to each slot, [slots, G]; of the run, [runs, G]; float64."""
+    """Sums of log_decay of a run (programs: runs * G).
+
+    To each token from the beginning of its sub-run, as :func:`load_ages` reads them; to each slot from that of the
+    run, [slots, G] float64; of all, [runs, G] float64.
+    """
     run = first + tl.program_id(0) // G
     group = tl.program_id(0) % G
     batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
@@ -242,46 +191,10 @@ def decay_kernel(
     tl.store(totals + run * G + group, so_far)
 
 
-@_jit
-def decay_gradient_kernel(
-    table, before, after, at_the_end, of_key, grad_decay,
-    first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SIZE: tl.constexpr, PARTS: tl.constexpr, E: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """grad_log_decay of a run, from its last token to its first (programs: runs * G).
-
-    As in :func:`race_attention.backends.triton.causal.key_gradient_kernel`: <state, its gradient> at the end of the
-    run, minus the sum of phi_k . grad phi_k from the token on, which :func:`value_gradient_kernel` left in PARTS.
-    """
-    run = first + tl.program_id(0) // G
-    group = tl.program_id(0) % G
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    grad_decay += batch * T * G + group
-    c = tl.arange(0, C)
-    if last | (start >= end):
-        crossing = tl.load(at_the_end + row * G + group)
-    else:
-        products = tl.zeros([E], tl.float32)
-        for e in range(0, SIZE, E):
-            here = e + tl.arange(0, E)
-            a = tl.load(before + ((run + 1) * G + group) * SIZE + here, mask=here < SIZE, other=0.0)
-            products += a * tl.load(after + (run * G + group) * SIZE + here, mask=here < SIZE, other=0.0)
-        crossing = tl.sum(products, 0)
-    blocks = (end - start + C - 1) // C
-    for i in range(0, blocks):
-        t = start + (blocks - 1 - i) * C
-        at = of_key + (line + t - start + c) * G + group
-        terms = tl.zeros([C], tl.float32)
-        for part in range(PARTS):
-            terms += tl.load(at + part * lines * G, mask=t + c < end, other=0.0)
-        tl.store(grad_decay + (t + c) * G, crossing - tl.cumsum(terms, 0, reverse=True), mask=t + c < end)
-        crossing -= tl.sum(terms, 0)
-
-
 # ------------------------------------------------------------------------------------------------ states
 
 
-@_jit
+@kernel
 def accumulate_kernel(
     phi, x, key_mask, deltas, inverses, ages, table, states, local, local_mass,
     xb: tl.int64, xt: tl.int64, xh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
@@ -361,7 +274,7 @@ def accumulate_kernel(
 # ----------------------------------------------------------------------------------------------- readout
 
 
-@_jit
+@kernel
 def readout_kernel(
     phi_q, phi_k, value, key_mask, ages, boundaries, table, before, local, local_mass, out, inverses,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
@@ -371,8 +284,10 @@ def readout_kernel(
     C: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """out of a block of queries, contiguous [B, T, H, V], and 1 / their denominators, [B, H, T] (programs: runs *
-    blocks * H * column tiles)."""
+    """out of a block of queries (programs: runs * blocks * H * column tiles).
+
+    ``out`` is contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators.
+    """
     NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
     column = tl.program_id(0) % NV * VB
@@ -442,259 +357,3 @@ def readout_kernel(
     tl.store(to + ((c * (H * V).to(tl.int32))[:, None] + v[None, :]), numerator.to(out.dtype.element_ty), mask=mask)
     if column == 0:
         tl.store(inverses + (batch * H + head) * T + t + c, inverse, mask=queries)
-
-
-@_jit
-def value_gradient_kernel(
-    phi_q, phi_k, value, grad_out, key_mask, deltas, inverses, ages, boundaries, totals, table, after, local,
-    local_mass, grad_value, of_key,
-    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
-    mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
-    T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
-    SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
-):  # fmt: skip
-    """grad_value of a block of keys, contiguous [B, T, G, V] (programs: runs * blocks * G * column tiles).
-
-    The mirror of :func:`readout_kernel`: ``after`` is the gradient of the state after each run, ``local`` what the
-    queries of the later sub-runs add to it. With decay also phi_k . grad phi_k, [column tiles, lines, G]: the inner
-    product of the values, and of a one, with their gradients.
-    """
-    NV: tl.constexpr = (V + VB - 1) // VB
-    H = G * SHARE
-    column = tl.program_id(0) % NV * VB
-    group = tl.program_id(0) // NV % G
-    block = tl.program_id(0) // NV // G % BLOCKS
-    run = first + tl.program_id(0) // NV // G // BLOCKS
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
-    if t >= end:
-        return
-    key_mask += batch * mb + group * mh
-    phi_k += ((line + t - start) * G + group) * SW
-    c = tl.arange(0, C)
-    v = column + tl.arange(0, VB)
-    keys = t + c < end
-    sub_end = start + ((t - start) // SUB + 1) * SUB
-    slot = (line + sub_end - start) // SUB * G + group
-    has_local = sub_end < end
-    sub_end = tl.minimum(sub_end, end)
-    state = after + (run * G + group) * (S * (V + 1))
-    kept = tl.full([], 1.0, tl.float32)
-    if HAS_DECAY:
-        until = tl.load(boundaries + slot, mask=has_local, other=0.0)
-        kept = tl.where(has_local, tl.exp(tl.load(totals + run * G + group) - until).to(tl.float32), 1.0)
-        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
-        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
-
-    dv = tl.zeros([C, VB], tl.float32)
-    of_mass = tl.zeros([C], tl.float32)
-    if HAS_DECAY:
-        for at in tl.range(0, SW, FEW, num_stages=1):
-            k = load_columns(phi_k, G * SW, 0, keys, at, SW, C, FEW, True)
-            grad_sum, grad_mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, has_local,
-                                               at + tl.arange(0, FEW), v, S, V)  # fmt: skip
-            dv += fine_dot(k, grad_sum, PRECISION)
-            of_mass += tl.sum(k.to(tl.float32) * grad_mass[None, :], 1)
-    else:
-        for at in tl.range(0, SW, SB, num_stages=1):
-            k = load_columns(phi_k, G * SW, 0, keys, at, SW, C, SB, True)
-            grad_sum, grad_mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, has_local,
-                                               at + tl.arange(0, SB), v, S, V)  # fmt: skip
-            dv = add_dot(dv, k, operand(grad_sum, PRECISION), PRECISION)
-    if HAS_DECAY:
-        left = tl.exp((end_whole - k_whole) + (end_part - k_part))
-        dv *= left[:, None]
-        of_mass *= left
-
-    if SW == SB:
-        k = load_columns(phi_k, G * SW, 0, keys, 0, SW, C, SB, True)
-    for n in range(0, (sub_end - t + CK - 1) // CK * SHARE):
-        u = t + n // SHARE * CK
-        head = group * SHARE + n % SHARE
-        i = u + tl.arange(0, CK)
-        queries = i < sub_end
-        their_phi = phi_q + ((line + u - start) * H + head) * SW
-        if SW == SB:
-            q = load_columns(their_phi, H * SW, 0, queries, 0, SW, CK, SB, True)
-            score = dot(k, tl.trans(q), PRECISION)
-        else:
-            score = tl.zeros([C, CK], tl.float32)
-            for at in range(0, SW, SB):
-                k_tile = load_columns(phi_k, G * SW, 0, keys, at, SW, C, SB, True)
-                q = load_columns(their_phi, H * SW, 0, queries, at, SW, CK, SB, True)
-                score = add_dot(score, k_tile, tl.trans(q), PRECISION)
-        rows = load_columns(grad_out + whole_rows(batch * ob + head * oh, ALIGNED), ot, u, queries, column,
-                            V, CK, VB, ALIGNED)  # fmt: skip
-        query_at = (batch * H + head) * T + i
-        inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
-        past = (t + c)[:, None] <= i[None, :]
-        score *= inverse[None, :]
-        if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
-            score *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
-        score = operand(tl.where(past, score, 0.0), PRECISION)
-        dv = add_dot(dv, score, operand(rows, PRECISION), PRECISION)
-        if HAS_DECAY:
-            delta = tl.load(deltas + query_at, mask=queries, other=0.0)
-            of_mass -= tl.sum(score.to(tl.float32) * delta[None, :], 1)
-
-    to = grad_value + ((batch * T + t) * G + group) * V
-    mask = keys[:, None] & (v < V)[None, :]
-    tl.store(to + ((c * (G * V).to(tl.int32))[:, None] + v[None, :]), dv.to(grad_value.dtype.element_ty), mask=mask)
-    if HAS_DECAY:
-        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        value += whole_rows(batch * vb + group * vh, ALIGNED)
-        rows = load_columns(value, vt, t, inside, column, V, C, VB, ALIGNED)
-        terms = tl.sum(dv * rows.to(tl.float32), 1) + tl.where(column == 0, of_mass, 0.0)
-        tl.store(of_key + (column // VB * lines + line + t - start + c) * G + group, terms, mask=keys)
-
-
-# --------------------------------------------------------------------------------- gradients of the buckets
-
-
-@_jit
-def query_buckets_gradient_kernel(
-    phi_k, value, grad_out, out, key_mask, deltas, inverses, ages, boundaries, totals, table, before, local,
-    local_mass, grad_phi,
-    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
-    mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
-    T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
-    SHARE: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the buckets of a block of queries, [lines, H, SW], and grad_out . out, [B, H, T] (programs: runs *
-    blocks * H * tiles)."""
-    NT: tl.constexpr = SW // SB
-    H = G * SHARE
-    tile = tl.program_id(0) % NT
-    head = tl.program_id(0) // NT % H
-    block = tl.program_id(0) // NT // H % BLOCKS
-    run = first + tl.program_id(0) // NT // H // BLOCKS
-    group = head // SHARE
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
-    if t >= end:
-        return
-    value += whole_rows(batch * vb + group * vh, ALIGNED)
-    grad_out += whole_rows(batch * ob + head * oh, ALIGNED)
-    key_mask += batch * mb + group * mh
-    phi_k += (line * G + group) * SW
-    c = tl.arange(0, C)
-    s = tile * SB + tl.arange(0, SB)
-    queries = t + c < end
-    sub = start + (t - start) // SUB * SUB
-    slot = (line + sub - start) // SUB * G + group
-    state = before + (run * G + group) * (S * (V + 1))
-    do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
-    o = load_columns(out + (batch * T * H + head) * V, H * V, t, queries, 0, V, C, VP, ALIGNED and V % 8 == 0)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    query_at = (batch * H + head) * T + t + c
-    inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
-    if tile == 0:
-        tl.store(deltas + query_at, delta, mask=queries)
-    kept = tl.full([], 1.0, tl.float32)
-    if HAS_DECAY:
-        kept = tl.exp(tl.load(boundaries + slot, mask=sub > start, other=0.0)).to(tl.float32)
-        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
-    d_phi = tl.zeros([C, SB], tl.float32)
-    for at in tl.range(0, VP, FEW, num_stages=1):
-        some = load_columns(grad_out, ot, t, queries, at, V, C, FEW, ALIGNED)
-        value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
-                                       s, at + tl.arange(0, FEW), S, V)  # fmt: skip
-        d_phi += fine_dot(some, tl.trans(value_sum), PRECISION)
-        d_phi -= tl.where(at == 0, delta, 0.0)[:, None] * mass[None, :]
-    if HAS_DECAY:
-        d_phi *= (tl.exp(q_whole + q_part) * inverse)[:, None]
-    else:
-        d_phi *= inverse[:, None]
-    do = operand(do, PRECISION)
-    for u in range(sub, tl.minimum(t + C, end), CK):
-        j = u + tl.arange(0, CK)
-        inside = keys_inside(key_mask, mt, u, end, CK, HAS_MASK)
-        rows = load_columns(value, vt, u, inside, 0, V, CK, VP, ALIGNED)
-        k = load_columns(phi_k + (u - start) * (G * SW), G * SW, 0, j < end, tile * SB, SW, CK, SB, True)
-        along = dot(do, tl.trans(operand(rows, PRECISION)), PRECISION)
-        along = (along - delta[:, None]) * inverse[:, None]
-        past = (t + c)[:, None] >= j[None, :]
-        if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK)
-            along *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :])
-        along = operand(tl.where(past, along, 0.0), PRECISION)
-        d_phi = add_dot(d_phi, along, k, PRECISION)
-    to = grad_phi + ((line + t - start) * H + head) * SW
-    tl.store(to + ((c * (H * SW).to(tl.int32))[:, None] + s[None, :]), d_phi.to(grad_phi.dtype.element_ty), mask=queries[:, None])
-
-
-@_jit
-def key_buckets_gradient_kernel(
-    phi_q, value, grad_out, out, key_mask, deltas, inverses, ages, boundaries, totals, table, after, local,
-    local_mass, grad_phi,
-    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
-    mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
-    T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
-    SHARE: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the buckets of a block of keys, [lines, G, SW] (programs: runs * blocks * G * tiles)."""
-    NT: tl.constexpr = SW // SB
-    H = G * SHARE
-    tile = tl.program_id(0) % NT
-    group = tl.program_id(0) // NT % G
-    block = tl.program_id(0) // NT // G % BLOCKS
-    run = first + tl.program_id(0) // NT // G // BLOCKS
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
-    if t >= end:
-        return
-    value += whole_rows(batch * vb + group * vh, ALIGNED)
-    key_mask += batch * mb + group * mh
-    c = tl.arange(0, C)
-    s = tile * SB + tl.arange(0, SB)
-    keys = t + c < end
-    sub_end = start + ((t - start) // SUB + 1) * SUB
-    slot = (line + sub_end - start) // SUB * G + group
-    has_local = sub_end < end
-    sub_end = tl.minimum(sub_end, end)
-    state = after + (run * G + group) * (S * (V + 1))
-    inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-    kept = tl.full([], 1.0, tl.float32)
-    if HAS_DECAY:
-        until = tl.load(boundaries + slot, mask=has_local, other=0.0)
-        kept = tl.where(has_local, tl.exp(tl.load(totals + run * G + group) - until).to(tl.float32), 1.0)
-        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
-        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
-    d_phi = tl.zeros([C, SB], tl.float32)
-    for at in tl.range(0, VP, FEW, num_stages=1):
-        some = load_columns(value, vt, t, inside, at, V, C, FEW, ALIGNED)
-        grad_sum, grad_mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, has_local,
-                                           s, at + tl.arange(0, FEW), S, V)  # fmt: skip
-        d_phi += fine_dot(some, tl.trans(grad_sum), PRECISION)
-        d_phi += tl.where(at == 0, grad_mass, 0.0)[None, :]
-    if HAS_DECAY:
-        d_phi *= tl.exp((end_whole - k_whole) + (end_part - k_part))[:, None]
-    rows = operand(load_columns(value, vt, t, inside, 0, V, C, VP, ALIGNED), PRECISION)
-    for n in range(0, (sub_end - t + CK - 1) // CK * SHARE):
-        u = t + n // SHARE * CK
-        head = group * SHARE + n % SHARE
-        i = u + tl.arange(0, CK)
-        queries = i < sub_end
-        do = load_columns(grad_out + whole_rows(batch * ob + head * oh, ALIGNED), ot, u, queries, 0,
-                          V, CK, VP, ALIGNED)  # fmt: skip
-        q = load_columns(phi_q + ((line + u - start) * H + head) * SW, H * SW, 0, queries, tile * SB, SW, CK, SB, True)
-        query_at = (batch * H + head) * T + i
-        delta = tl.load(deltas + query_at, mask=queries, other=0.0)
-        inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
-        along = dot(rows, tl.trans(operand(do, PRECISION)), PRECISION)
-        along = (along - delta[None, :]) * inverse[None, :]
-        past = (t + c)[:, None] <= i[None, :]
-        if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
-            along *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
-        along = operand(tl.where(past, along, 0.0), PRECISION)
-        d_phi = add_dot(d_phi, along, q, PRECISION)
-    to = grad_phi + ((line + t - start) * G + group) * SW
-    tl.store(to + ((c * (G * SW).to(tl.int32))[:, None] + s[None, :]), d_phi.to(grad_phi.dtype.element_ty), mask=keys[:, None])

@@ -9,6 +9,7 @@ import torch
 
 from . import plan
 
+
 @dataclass(frozen=True)
 class Tiles:
     """How the kernels of a shape class are cut and compiled; the last two of each are Triton's warps and stages.

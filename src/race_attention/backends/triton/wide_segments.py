@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import plan, wide
+from . import plan, wide, wide_gradients
 from .launch import Problem, pointer_or
 from .start import start
 from .wide_configs import Tiles, tiles_of
@@ -135,7 +135,7 @@ class Segment:
             tile = p.shape.tile if of_planes else config[1]
             x, numbers, options = self._feature_arguments(of_keys, tile)
             start(
-            wide.feature_gradients_kernel, (self.count * x.shape[2], p.shape.tiles if of_planes else 1),
+            wide_gradients.feature_gradients_kernel, (self.count * x.shape[2], p.shape.tiles if of_planes else 1),
                 x, self.mask, p.hyperplanes, p.beta, self.table, grad_phi, grad_x, *parts, *numbers,
                 NS=-(-p.shape.buckets // tile), C=config[0], OF_PLANES=of_planes, **options, **self._options(config),
             )  # fmt: skip
@@ -161,7 +161,7 @@ class Segment:
         p = self.p
         t, run, _, per_row, groups = self._lengths
         start(
-            wide.decay_gradient_kernel, (self.count * p.groups,),
+            wide_gradients.decay_gradient_kernel, (self.count * p.groups,),
             self.table, before, after, end, of_key, result, self.first, self.lines, t, run, per_row, groups,
             SIZE=p.shape.state_size, PARTS=of_key.shape[0], E=2048, C=128, PACKED=p.bounds is not None, num_warps=4,
         )  # fmt: skip
@@ -180,14 +180,10 @@ class Segment:
         """The gradients of the states between sub-runs, and the segment's part of those before each run."""
         if self._between_queries is None:
             assert self.p.grad_out is not None
-            self._between_queries = self._accumulate(
-                self.phi_q, self.p.grad_out, adjoints, deltas, torch.float32
-            )
+            self._between_queries = self._accumulate(self.phi_q, self.p.grad_out, adjoints, deltas, torch.float32)
         return self._between_queries
 
-    def _accumulate(
-        self, phi: Tensor, x: Tensor, states: Tensor, deltas: Tensor | None, dtype: torch.dtype
-    ) -> Between:
+    def _accumulate(self, phi: Tensor, x: Tensor, states: Tensor, deltas: Tensor | None, dtype: torch.dtype) -> Between:
         p, config = self.p, self.tiles.accumulate
         block, buckets, columns = config[:3]
         between = (
@@ -198,7 +194,8 @@ class Segment:
         mirrored = deltas is not None
         start(
             wide.accumulate_kernel, (programs,),
-            phi, x, self.mask, pointer_or(deltas, p.beta), pointer_or(p.inverses, p.beta), self.decay[0], self.table, states, *between,
+            phi, x, self.mask, pointer_or(deltas, p.beta), pointer_or(p.inverses, p.beta), self.decay[0], self.table,
+            states, *between,
             *x.stride()[:3], *p.mask_strides, self.first, self.lines, *self._lengths,
             SHARE=p.share if mirrored else 1, VB=columns, SB=buckets, C=block, MIRRORED=mirrored,
             HAS_MASK=p.key_mask is not None and not mirrored, HAS_DECAY=p.log_decay is not None,
@@ -235,7 +232,7 @@ class Segment:
         parts = -(-p.shape.value_dim // columns)
         of_key = p.beta if p.log_decay is None else p.new(parts, self.lines, p.groups)
         start(
-            wide.value_gradient_kernel, (self.count * self._blocks(config[0]) * p.groups * parts,),
+            wide_gradients.value_gradient_kernel, (self.count * self._blocks(config[0]) * p.groups * parts,),
             self.phi_q, self.phi_k, p.value, p.grad_out, self.mask, deltas, p.inverses, *self.decay, self.totals,
             self.table, after, *between, dv, of_key, *p.value.stride()[:3], *p.grad_out.stride()[:3],
             *self._numbers(config[0]), VB=columns, FEW=FEW, **self._pairs(config),
@@ -256,7 +253,7 @@ class Segment:
         heads = p.groups if of_keys else p.heads
         grad_phi = self._new_phi(heads)
         start(
-            wide.key_buckets_gradient_kernel if of_keys else wide.query_buckets_gradient_kernel,
+            wide_gradients.key_buckets_gradient_kernel if of_keys else wide_gradients.query_buckets_gradient_kernel,
             (self.count * self._blocks(config[0]) * heads * (self.tiles.width // config[2]),),
             self.phi_q if of_keys else self.phi_k, p.value, p.grad_out, p.out, self.mask, deltas, p.inverses,
             *self.decay, self.totals, self.table, state, *between, grad_phi,
