@@ -20,7 +20,7 @@ from typing import Any
 from experiments.config import ConfigError, check
 
 #: Why a row of a configuration has no result, where ``missing.json`` beside the results gives no reason.
-NOT_RUN = "not run yet"
+NOT_RUN = "not run yet: no time on the GPU"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import importlib.util
 import itertools
 import json
 import math
@@ -423,7 +424,7 @@ def test_tables_show_a_search_and_what_was_not_run(tmp_path):
     text = markdown(rows, "t")
     tried = "lr=0.001 2.0000, **lr=0.002 1.9000**, lr=0.01 failed"
     assert f"| a | 2.3000 ± 0.1414 | 2 | 1,000 | {tried} | 3.2 | 2.0 | 1.00 |" in text
-    assert "| b | (not run yet) |" in text
+    assert "| b | (not run yet: no time on the GPU) |" in text
     assert "| c | (needs another package) |" in text
     plot(rows, "t", tmp_path / "t.svg")
     before = (tmp_path / "t.svg").read_bytes()
@@ -482,3 +483,19 @@ def test_recall_is_drawn_against_the_size_of_the_state(tmp_path):
     assert [row.name for row in others] == ["softmax"]
     recall_main([str(tmp_path / "m.svg"), "--results", str(tmp_path)])
     assert (tmp_path / "m.svg").stat().st_size > 1000
+
+
+def test_documentation_shows_tables_and_what_has_none(monkeypatch, tmp_path):
+    pytest.importorskip("latex2mathml")
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "tools/docs_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    (tmp_path / "experiments/configs").mkdir(parents=True)
+    (tmp_path / "experiments/configs/t.toml").write_text("[rows.a]\n[rows.b]\n")
+    searched(tmp_path / "experiments/results/t", "a", 0, 1.0, 2.0)
+    page = hooks.on_page_markdown("<!-- accuracy: t | A title -->\n\n<!-- accuracy: u | Another -->")
+    assert "### A title\n\n| method |" in page
+    assert "| a | 2.0000 | 1 |" in page
+    assert "| b | (not run yet" in page
+    assert "### Another\n\n*Not run yet" in page
