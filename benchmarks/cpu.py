@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu                          # all of it, into benchmarks/results/
     python -m benchmarks.cpu --only table --tokens 16384 --into /tmp
+    python -m benchmarks.cpu --only table --rows "cpu float32 causal forward$"    # these into the file there is
     python -m benchmarks.cpu --plot benchmarks/results/cpu-NAME-lengths.json
 
 The floor is the time to copy the bytes that any implementation must read and write once (forward: q, k, v, out;
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +67,16 @@ def gemm() -> float:
     return 2 * 2048**3 / measure(lambda: a @ a, 1.0)["median"]
 
 
+def commit() -> str:
+    """The commit that is measured; RACE_COMMIT names it where there is no repository."""
+    named = os.environ.get("RACE_COMMIT")
+    if named:
+        return named
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, Any]:
     """What a result needs to be understood later."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
@@ -78,6 +91,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "race_attention": __version__,
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -107,8 +121,8 @@ def race(backend: str, planes: int, tables: int, heads: int, causal: bool) -> Ca
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's scaled_dot_product_attention, causal."""
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 128) -> Tensor:
@@ -136,11 +150,14 @@ def timed(
 # ---- what is measured ---------------------------------------------------------------------------------------------
 
 
-def table(tokens: int, rate: float, seconds: float, peers: bool) -> list[dict[str, Any]]:
-    """Every implementation at one length, forward and forward + backward."""
+def table(tokens: int, rate: float, seconds: float, peers: bool, wanted: str) -> list[dict[str, Any]]:
+    """Every implementation at one length, forward and forward + backward; rows whose description matches."""
     rows: list[dict[str, Any]] = []
 
     def add(name: str, attention: Callable[..., Tensor], dtype: torch.dtype, backward: bool, **more: Any) -> None:
+        said = f"{name} {str(dtype)[6:]} {'causal' if more['causal'] else 'full'} {PASSES[backward]}"
+        if not re.search(wanted, said):
+            return
         times = timed(attention, tokens, HEADS, dtype, backward, seconds)
         least = floor(tokens, HEADS, dtype, backward, rate)
         row = {"name": name, "dtype": str(dtype)[6:], "pass": PASSES[backward], "causal": more.pop("causal")}
@@ -230,6 +247,10 @@ def plot(path: Path) -> Path:
     return target
 
 
+def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(row.get(key) == other.get(key) for key in ("name", "dtype", "pass", "causal", "P", "L"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536, help="of the table")
@@ -237,6 +258,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="at least, for each figure")
     parser.add_argument("--only", nargs="*", choices=("table", "crossover", "lengths"), default=None)
+    parser.add_argument("--rows", default="", help="only rows of the table that match: 'cpu float32 causal forward$'")
     parser.add_argument("--without-peers", action="store_true", help="leaves the slow ones out of the table")
     parser.add_argument("--into", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path, default=None, help="only draws a result file of lengths")
@@ -249,7 +271,7 @@ def main() -> None:
     parts: dict[str, tuple[str, Callable[[float], list[dict[str, Any]]]]] = {
         "table": (
             f"CPU, T = {options.tokens}",
-            lambda rate: table(options.tokens, rate, options.seconds, not options.without_peers),
+            lambda rate: table(options.tokens, rate, options.seconds, not options.without_peers, options.rows),
         ),
         "crossover": (
             "CPU, against torch's scaled_dot_product_attention (causal, float32)",
@@ -267,6 +289,9 @@ def main() -> None:
         rows = run(about["copy GB/s"] * 1e9)
         path = options.into / f"cpu-{about['instruction set']}-{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if options.rows and path.exists():  # the rows measured now take the place of their like
+            kept = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            rows = [row for row in kept if not any(_same(row, new) for new in rows)] + rows
         path.write_text(json.dumps({"title": title, "context": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
         print(f"written to {path}")
 

@@ -45,7 +45,7 @@ def in_a_process(code: str, **variables: str) -> subprocess.CompletedProcess:
 # ---- instruction sets ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
 def test_every_instruction_set_keeps_the_budgets(isa):
     """Every case and dtype, forward and backward, in a process that is told which instruction set to use."""
     if isa not in cpu_library.load().isas():
@@ -229,6 +229,34 @@ def test_results_do_not_depend_on_the_threads(name, threads):
         if key != "tokens":
             assert relative_error(alone[key], right, scale=1e-2) <= 1e-5, key
     for count in (2, 3, 16):
+        threads(count)
+        together = evaluate(whole, inputs, backend="cpu")
+        for key in alone:
+            assert torch.equal(alone[key], together[key]), (count, key)
+
+
+# Large enough (8 MB) that a thread passes over several heads together.
+LARGE = {
+    "plain": {"tokens": 8400},
+    "decay, state": {"tokens": 8400, "decay": "token", "initial_state": True, "masked": 0.2},
+    "grouped": {"tokens": 8400, "heads": 8, "kv_heads": 4, "dim": 64, "value_dim": 64},
+    "packed": {"lengths": (6000, 1, 0, 2400), "decay": "head"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_heads_passed_over_together(name, dtype, threads):
+    """By four, by two (four heads, two threads) and over pieces of a row (five threads); the same to the bit."""
+    options = {"causal": True, "batch": 1, "heads": 4, "dim": 128, "value_dim": 128, "tables": 2, "planes": 2}
+    inputs = make_inputs(**{**options, **LARGE[name]}, dtype=dtype, requires_grad=True)
+    threads(1)
+    alone = evaluate(whole, inputs, backend="cpu")
+    for key, right in evaluate(whole, in_double(inputs), backend="reference").items():
+        if key != "tokens":
+            direction = "backward" if key.startswith("gradient") else "forward"
+            assert_within_budget(alone[key], right, dtype, direction, name=key, scale=1e-2)
+    for count in (2, 5):
         threads(count)
         together = evaluate(whole, inputs, backend="cpu")
         for key in alone:

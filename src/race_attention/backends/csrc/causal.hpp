@@ -166,21 +166,23 @@ class Causal : public Base<T> {
     this->for_heads([&] { room.state->end_run(); });
   }
   void look_forward(i64 begin, i64 count, bool only_state) {
-    room.ahead.far.clear();
     if (work.heads == 1 || !p.large) return;
     const i64 end = min_of(begin + count, row.klen);
+    room.ahead.start();
     this->ask_far(a.k, row.k0, begin, end, 1, a.dim);
     this->ask_far(a.v, row.k0, begin, end, 1, a.value_dim);
     if (!only_state) this->ask_far(a.q, row.q0, begin, end, p.heads_a_group, a.dim);
+    room.ahead.pace();
   }
   void look_back(i64 run_begin, i64 least) {
-    room.ahead.far.clear();
-    if (work.heads == 1 || !p.large || run_begin == least) return;
-    const i64 begin = run_begin - a.run;
+    if (work.heads == 1 || !p.large) return;
+    const i64 begin = max_of(run_begin - a.run, least);
+    room.ahead.start();
     this->ask_far(a.k, row.k0, begin, run_begin, 1, a.dim);
     this->ask_far(a.v, row.k0, begin, run_begin, 1, a.value_dim);
     this->ask_far(a.q, row.q0, begin, run_begin, p.heads_a_group, a.dim);
     this->ask_far(a.grad_out, row.q0, begin, run_begin, p.heads_a_group, a.value_dim);
+    room.ahead.pace();
   }
 
   void forward_chunk(i64 begin, i64 end, bool only_state) {
@@ -193,13 +195,13 @@ class Causal : public Base<T> {
       scale_before(state, b);
       take_keys(b, begin, rows, nullptr);
       const Tile<T> v = this->load_values(b, rows);
-      if (!only_state && p.heads_a_group == 1 && writes_straight<T>(a.out, a.value_dim)) {
+      if (!only_state && p.heads_a_group == 1) {
         forward_block(b, begin, rows, v);
         continue;
       }
       if (!only_state)
         for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) forward_queries(b, begin, h, rows, v);
-      this->add_to_state(state.w, state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+      this->add_to_state(state.w, state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over, kExactTokens);
     }
   }
 
@@ -209,14 +211,15 @@ class Causal : public Base<T> {
     take_queries(b, run_begin, g, rows, nullptr);
     this->score(b.count, rows);
     this->denominators(state.w, rows, b.count);
-    combine_both<T, ToTokens<T>, Add<T>>(
-        {to_tokens<T>(p, a.out, row.batch, row.q0 + b.begin, g, a.value_dim, room.inverse),
+    combine_both<T, Set<T>, Add<T>>(
+        {{room.out, room.size.value},
          {room.pq, C, 1, state.w, room.size.ld, p.states},
-         {room.scores, C, 1, v.p, v.ld, b.count},
+         {room.scores, C, 1, v.p, v.ld, b.count, false, kExactTokens},
          true},
-        b.count, {{state.w, room.size.ld, state.sum, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, false}, p.states,
+        b.count, {{state.w, room.size.ld, state.sum, b.over}, {room.pk, 1, C, v.p, v.ld, b.count, false, kExactTokens}, {}, false}, p.states,
         room.size.value, &room.ahead);
     this->add_masses(state.w, state.sum, room.pk, b.count, nullptr, b.over);
+    this->store(a.out, row.q0, b, g, a.value_dim, room.size.value, room.inverse);
   }
 
   void forward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
@@ -225,7 +228,7 @@ class Causal : public Base<T> {
     this->score(b.count, rows);
     this->denominators(w, rows, b.count);
     set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states},
-                   {room.scores, C, 1, v.p, v.ld, b.count}, true, &room.ahead);
+                   {room.scores, C, 1, v.p, v.ld, b.count, false, kExactTokens}, true, &room.ahead);
     this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
   }
 
@@ -254,7 +257,7 @@ class Causal : public Base<T> {
       take_keys(b, begin, rows, room.stashed ? &room.key_slopes : nullptr);
       const Tile<T> v = this->load_values(b, rows);
       for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, begin, h, rows, v);
-      this->add_to_state(room.state->w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+      this->add_to_state(room.state->w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over, kExactTokens);
     }
     this->add_hash_gradients(slot, 0);
   }
@@ -267,8 +270,9 @@ class Causal : public Base<T> {
     this->score(b.count, rows);
     this->denominators(w, rows, b.count);
     this->drop_gradients_out_of_range(b.count);
-    dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value);
-    dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value, &room.ahead);
+    const Right<T> right = right_rows<T>(grad.p, grad.ld, rows, room.size.value, kExactTokens);
+    dots<T>(room.other, C, v.p, v.ld, b.count, right, room.size.value, kExactTokens);
+    dots<T>(room.dphi, C, w, room.size.ld, p.states, right, room.size.value, false, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
       const V<T> dot = this->column_dot(room.pq, room.dphi, t, p.states) +
                        this->column_dot(room.scores, room.other, t, b.count);  // dout_i . num_i
@@ -327,7 +331,7 @@ class Causal : public Base<T> {
       take_queries(b, run_begin, h, rows, nullptr);
       take_grad_out(b, h, rows);
       this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, room.size.value, b.count,
-                         room.den_adjoint, T(1));
+                         room.den_adjoint, T(1), false);
     }
   }
 
@@ -336,27 +340,27 @@ class Causal : public Base<T> {
     const T* w = room.adjoint->w;
     const Tile<T> x = take_keys_again(b, run_begin, n, rows);
     const Tile<T> v = this->load_values(b, rows);
-    const bool straight = p.heads_a_group == 1 && writes_straight<T>(a.dv, a.value_dim);
+    const bool single = p.heads_a_group == 1;
     // dv is gathered in `grad`: `out` is needed for dk before all heads are done.
-    if (!straight) set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
-    dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
+    if (!single) set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
+    dots<T>(room.dphi, C, w, ld, p.states, right_rows<T>(v.p, v.ld, rows, Vp, kExactTokens), Vp, false, &room.ahead);
     for (i64 s = 0; s < p.states; ++s)
       for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
     for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
       take_queries_again(b, run_begin, h, rows);
       take_grad_out(b, h, rows);
       this->score(b.count, rows);
-      if (!straight) add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
-      dots<T>(room.other, C, room.scaled, Vp, b.count, v.p, v.ld, rows, Vp);
+      if (!single) add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
+      dots<T>(room.other, C, room.scaled, Vp, b.count, right_rows<T>(v.p, v.ld, rows, Vp, kExactTokens), Vp, false);
       for (i64 i = 0; i < b.count; ++i)
         for (i64 j = 0; j < rows; ++j) room.other[i * C + j] = j <= i ? room.other[i * C + j] + room.den_adjoint[i] : T(0);
       add_product<T>(room.dphi, C, p.states, rows, {room.pq, 1, C, room.other, C, b.count});
-      if (straight)
+      if (single)
         value_gradients(b);
       else
-        this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
+        this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1), false);
     }
-    if (a.dv.data && !straight)
+    if (a.dv.data)
       store_tile<T>(p, a.dv, row.batch, row.k0 + b.begin, g, b.count, a.value_dim, room.grad, Vp, nullptr);
     if (!a.dk.data && !this->wants_hash() && !a.dlog_decay) return;
     this->hash_gradients(room.pk, room.key_slopes, x, a.dk, row.k0, b, g, rows);
@@ -367,8 +371,8 @@ class Causal : public Base<T> {
   void value_gradients(const Block<T>& b) {
     const Running<T>& n = *room.adjoint;
     const i64 ld = room.size.ld, Vp = room.size.value;
-    combine_both<T, ToTokens<T>, Add<T>>(
-        {to_tokens<T>(p, a.dv, row.batch, row.k0 + b.begin, g, a.value_dim, nullptr),
+    combine_both<T, Set<T>, Add<T>>(
+        {{room.grad, Vp},
          {room.pk, C, 1, n.w, ld, p.states},
          {room.scores, 1, C, room.scaled, Vp, b.count},
          false},

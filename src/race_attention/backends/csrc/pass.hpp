@@ -216,8 +216,9 @@ class Base {
   }
 
   // state += buckets^T rows: values here, masses `weight` (1 where null) besides.
-  void add_to_state(T* w, T* second, const T* buckets, const T* rows, i64 ld, i64 count, const T* weight, T factor) {
-    add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count}, factor, second, &room.ahead);
+  void add_to_state(T* w, T* second, const T* buckets, const T* rows, i64 ld, i64 count, const T* weight, T factor,
+                    bool exact) {
+    add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count, false, exact}, factor, second, &room.ahead);
     add_masses(w, second, buckets, count, weight, factor);
   }
   void add_masses(T* w, T* second, const T* buckets, i64 count, const T* weight, T factor) {
@@ -311,16 +312,13 @@ class Base {
   void hash_gradients(const T* phi, const Slopes<T>& slopes, const Tile<T>& x, const Tokens& to, i64 first,
                       const Block<T>& b, i64 h, i64 rows) {
     hash_backward<T>(f, rows, phi, room.dphi, slopes, room.dy, room.dbeta, room.total);
-    const Pair<T> factors{room.dy, C, 1, f.w, room.size.dim, p.projections};
-    if (writes_straight<T>(to, a.dim)) {
-      combine<T, ToTokens<T>>({to_tokens<T>(p, to, row.batch, first + b.begin, h, a.dim, nullptr), factors, {}, false},
-                              b.count, a.dim, &room.ahead);
-    } else if (to.data) {
-      set_product<T>(room.out, room.size.dim, b.count, room.size.dim, factors);
+    if (to.data) {
+      set_product<T>(room.out, room.size.dim, b.count, room.size.dim,
+                     {room.dy, C, 1, f.w, room.size.dim, p.projections}, {}, false, &room.ahead);
       store(to, first, b, h, a.dim, room.size.dim);
     }
     if (a.dplanes)
-      add_product<T>(room.dw, room.size.dim, p.projections, room.size.dim, {room.dy, 1, C, x.p, x.ld, b.count});
+      add_product<T>(room.dw, room.size.dim, p.projections, room.size.dim, {room.dy, 1, C, x.p, x.ld, b.count, false, kExactTokens});
   }
 };
 

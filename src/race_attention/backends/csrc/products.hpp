@@ -15,6 +15,11 @@ class Lines {
   RACE_INLINE void add(const char* row, i64 stride, i64 rows, i64 bytes) {
     if (count_ < kMost && rows > 0) rows_[count_++] = {row, stride, rows, (bytes + 63) / 64, 0};
   }
+  RACE_INLINE i64 lines() const {
+    i64 total = 0;
+    for (int i = at_; i < count_; ++i) total += rows_[i].left * rows_[i].lines;
+    return total;
+  }
   template <int Nearness>  // 3: into every cache; 2: into the second
   RACE_INLINE void ask(int lines) {
     while (lines > 0 && at_ < count_) {
@@ -40,12 +45,29 @@ class Lines {
   int count_ = 0, at_ = 0;
 };
 
-struct Ahead {
+class Ahead {
+ public:
   Lines near, far;  // the next block of this head; the next chunk of every head at hand, token by token
+
   RACE_INLINE void ask(int lines) {
     near.ask<3>(lines);
-    far.ask<2>(lines);
+    asked_ += lines;
+    credit_ += lines * rate_;
+    far.ask<2>(static_cast<int>(credit_ >> 8));
+    credit_ &= 255;
   }
+  // A new chunk: the lines put into `far` between these two are spread over as many calls as the last chunk made.
+  void start() {
+    far.clear();
+  }
+  void pace() {
+    rate_ = asked_ > 0 ? min_of((far.lines() << 8) / asked_ + 1, kFastest) : kFastest / 4;
+    asked_ = credit_ = 0;
+  }
+
+ private:
+  static constexpr i64 kFastest = 8 << 8;
+  i64 rate_ = 0, asked_ = 0, credit_ = 0;  // lines of `far` a line of `near`, times 256
 };
 
 // out[a * ldo + b] = sum over d of left[a][d] * right[b][d]: rows against rows, lanes along d. W sums are taken at a
@@ -91,6 +113,7 @@ struct Pair {
   i64 xk, xi;
   const T* rows;
   i64 ld, k;
+  bool exact_x = false, exact_rows = false;  // whether they are bfloat16 numbers already
 };
 
 template <class T, int M, int N>
@@ -174,9 +197,27 @@ struct Combine {
   }
 };
 
+}  // namespace
+}  // namespace RACE_NAMESPACE
+}  // namespace race
+
+#ifdef RACE_TILES
+#include "tiles.hpp"
+#endif
+
+namespace race {
+namespace RACE_NAMESPACE {
+namespace {
+
+// Fewer columns or rows are no work for tiles.
+constexpr i64 kTileColumns = 32, kTileRows = 8;
+
 // For m rows i and `columns` columns (a multiple of W), lanes along columns: both pairs' sums, into `into`.
 template <class T, class Into>
 __attribute__((noinline)) void combine(const Combine<T, Into>& c, i64 m, i64 columns, Ahead* ahead) {
+#ifdef RACE_TILES
+  if (columns >= kTileColumns) return tile_combine(c, m, columns, ahead);
+#endif
   const Combine<T, Into> copy = c;
   i64 column = 0;
   for (; column + 2 * W<T> <= columns; column += 2 * W<T>) {
@@ -189,6 +230,9 @@ __attribute__((noinline)) void combine(const Combine<T, Into>& c, i64 m, i64 col
 template <class T, class Into, class Also>
 __attribute__((noinline)) void combine_both(const Combine<T, Into>& c, i64 m, const Combine<T, Also>& d, i64 n,
                                             i64 columns, Ahead* ahead) {
+#ifdef RACE_TILES
+  if (columns >= kTileColumns) return tile_combine_both(c, m, d, n, columns, ahead);
+#endif
   const Combine<T, Into> one = c;
   const Combine<T, Also> two = d;
   i64 column = 0;
@@ -202,6 +246,37 @@ __attribute__((noinline)) void combine_both(const Combine<T, Into>& c, i64 m, co
     one.template panel<1>(m, column);
     two.template panel<1>(n, column);
   }
+}
+
+// Rows that others are multiplied with, once or more.
+template <class T>
+struct Right {
+  const T* p;
+  i64 ld, rows;
+  bool exact;
+  const std::uint16_t* tiles;
+};
+template <class T>
+RACE_INLINE Right<T> right_rows(const T* p, i64 ld, i64 rows, i64 d, bool exact, bool for_tiles = true) {
+  Right<T> right{p, ld, rows, exact, nullptr};
+#ifdef RACE_TILES
+  if (for_tiles) {
+    make_right(tile_room.right, p, ld, d, exact);
+    right.tiles = tile_room.right;
+  }
+#else
+  (void)d, (void)for_tiles;
+#endif
+  return right;
+}
+template <class T>
+RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const Right<T>& right, i64 d, bool exact_left,
+                      Ahead* ahead = nullptr) {
+#ifdef RACE_TILES
+  if (right.tiles) return tile_dots(out, ldo, left, ldl, na, right.tiles, d, exact_left, right.exact, ahead);
+#endif
+  (void)exact_left;
+  dots<T>(out, ldo, left, ldl, na, right.p, right.ld, right.rows, d, ahead);
 }
 
 template <class T>

@@ -55,11 +55,11 @@ RACE_INLINE void put(T* p, V<T> x) {  // `store` inside classes that have a memb
 
 // Stores past the caches to memory nobody reads soon: without reading the lines first, which would be a fifth of a
 // forward's traffic. `p` is aligned to a vector. `finish_streams` before another thread may look.
-#if defined(__AVX512F__)
+#if RACE_BYTES == 64 && defined(__AVX512F__)
 RACE_INLINE void stream(void* p, V<float> x) { _mm512_stream_ps(static_cast<float*>(p), x); }
-#elif defined(__AVX2__)
+#elif RACE_BYTES == 32 && defined(__AVX2__)
 RACE_INLINE void stream(void* p, V<float> x) { _mm256_stream_ps(static_cast<float*>(p), x); }
-#elif defined(__SSE2__)
+#elif RACE_BYTES == 16 && defined(__SSE2__)
 RACE_INLINE void stream(void* p, V<float> x) { _mm_stream_ps(static_cast<float*>(p), x); }
 #else
 RACE_INLINE void stream(void* p, V<float> x) { *static_cast<V<float>*>(p) = x; }

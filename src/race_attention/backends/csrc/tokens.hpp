@@ -8,6 +8,11 @@ namespace RACE_NAMESPACE {
 namespace {
 
 constexpr int C = 16;  // tokens a block: a multiple of every W
+#ifdef RACE_TILES
+constexpr bool kExactTokens = true;  // tokens are bfloat16, and tiles of them in float32 as well
+#else
+constexpr bool kExactTokens = false;  // of no consequence
+#endif
 
 // ---- in and out -----------------------------------------------------------------------------------------
 
@@ -109,7 +114,7 @@ __attribute__((noinline)) Tile<T> load_tile(const Problem& p, const Tokens& x, i
 // Whether rows may be streamed: many of them, and each begins at a vector.
 RACE_INLINE bool streams(const Problem& p, const Tokens& x, i64 size, i64 bytes) {
   const i64 ends = reinterpret_cast<i64>(x.data) | (x.b * bytes) | (x.t * bytes) | (x.h * bytes) | (size * bytes);
-  return p.large && x.d == 1 && ends % RACE_BYTES == 0;
+  return p.past_caches && x.d == 1 && ends % RACE_BYTES == 0;
 }
 
 // Rows of `tile`, each multiplied by its factor, to tokens t .. t + n - 1.
@@ -133,62 +138,6 @@ __attribute__((noinline)) void store_tile(const Problem& p, const Tokens& x, i64
   }
 }
 
-// Sums of products, each row multiplied by its factor, straight to tokens t .. of head h: `Combine`'s last step.
-template <class T>
-struct ToTokens {
-  char* to;  // token t
-  i64 stride;  // bytes from token to token
-  const T* factor;  // or null
-  bool half, past_caches;
-
-  template <int M, int N>
-  RACE_INLINE void operator()(i64 i, i64 column, V<T> (&acc)[M][N]) const {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const V<T> f = splat<T>(factor ? factor[i + m] : T(1));
-      char* row = to + (i + m) * stride;
-      if constexpr (sizeof(T) == 4)
-        if (half) {
-          half_row(row + column * 2, acc[m], f);
-          continue;
-        }
-#pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) {
-        char* at = row + (column + j * W<T>) * static_cast<i64>(sizeof(T));
-        if (past_caches)
-          stream(at, (V<float>)(acc[m][j] * f));
-        else
-          put<T>(reinterpret_cast<T*>(at), acc[m][j] * f);
-      }
-    }
-  }
-  template <int N>
-  RACE_INLINE void half_row(char* at, V<T> (&sums)[N], V<T> f) const {
-    alignas(64) std::uint16_t part[N * W<T>];
-#pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) narrow(part + j * W<T>, sums[j] * f);
-    if constexpr (N == 2) {
-      const V<float> both = load(reinterpret_cast<const float*>(part));
-      past_caches ? stream(at, both) : put<float>(reinterpret_cast<float*>(at), both);
-    } else {
-      __builtin_memcpy(at, part, sizeof part);
-    }
-  }
-};
-
-// Whether `ToTokens` can write such rows: whole vectors side by side.
-template <class T>
-RACE_INLINE bool writes_straight(const Tokens& x, i64 size) {
-  return x.data && x.d == 1 && size % W<T> == 0;
-}
-template <class T>
-RACE_INLINE ToTokens<T> to_tokens(const Problem& p, const Tokens& x, i64 b, i64 t, i64 h, i64 size, const T* factor) {
-  const bool half = p.a->store == kBFloat16;
-  const i64 bytes = half ? 2 : static_cast<i64>(sizeof(T));
-  char* to = static_cast<char*>(x.data) + (b * x.b + t * x.t + h * x.h) * bytes;
-  return {to, x.t * bytes, factor, half, streams(p, x, size, bytes)};
-}
-
 // ---- soft buckets -----------------------------------------------------------------------------------------
 
 // phi = prod_p u_{p, sign}, u = (1 - FLOOR) sigmoid(+-z) + FLOOR / 2, z = 2 beta tanh(w.x): features.py's
@@ -210,7 +159,9 @@ template <class T>
 __attribute__((noinline)) void hash(const Hash<T>& f, Tile<T> x, i64 rows, const T* part, T* y, T* phi,
                                     const Slopes<T>* slopes, Ahead* ahead) {
   const T floor = T(1) / 8192;
-  dots<T>(y, C, f.w, f.padded_dim, f.tables * f.planes, x.p, x.ld, rows, f.padded_dim, ahead);
+  const i64 projections = f.tables * f.planes;
+  const Right<T> right = right_rows<T>(x.p, x.ld, rows, f.padded_dim, kExactTokens, projections >= kTileRows);
+  dots<T>(y, C, f.w, f.padded_dim, projections, right, f.padded_dim, false, ahead);
   for (i64 t = 0; t < rows; t += W<T>)
     for (i64 l = 0; l < f.tables; ++l) {
       T* table = phi + l * f.buckets * C + t;
