@@ -297,3 +297,26 @@ def test_features_are_those_of_the_reference() -> None:
     beta = torch.as_tensor(inputs["beta"], dtype=torch.float64).to(DEVICE).expand(2)
     right = bucket_weights(inputs["key"].double()[:, 0, :, None], planes.expand(2, -1, -1, -1), beta)
     assert_within_budget(state.mass, right[:, :, 0], FLOAT32, "forward")
+
+
+def test_a_kernel_that_does_not_fit_has_fewer_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+    from race_attention.backends.triton import start
+
+    tried: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return self
+
+        def __call__(self, x: torch.Tensor, *, num_stages: int) -> None:
+            tried.append(num_stages)
+            if num_stages > 1 or fails:
+                raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+
+    fails, x = False, torch.zeros(1)
+    start.start(Kernel(), (1,), x, num_stages=3)
+    assert tried == [3, 2, 1]
+    fails = True
+    with pytest.raises(triton.runtime.errors.OutOfResources):
+        start.start(Kernel(), (1,), x, num_stages=2)

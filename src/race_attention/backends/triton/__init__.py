@@ -14,7 +14,6 @@ Importing this module imports neither Triton nor a kernel.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -25,18 +24,16 @@ from race_attention.backends.call import Call
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DIM, MOST_BUCKETS = 256, 1024
+#: Looked up here, and not at a call, which torch.compile would have to trace.
+INSTALLED = importlib.util.find_spec("triton") is not None
 
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def why_not(call: Call) -> str | None:
     """The reason the Triton kernels cannot serve a call, or None when they can."""
     query, value = call.query, call.value
     tables, planes = call.hyperplanes.shape[1:3]
-    if not _installed():
+    if not INSTALLED:
         return "triton is not installed"
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the query is on {query.device.type}, allowed is cuda (or any device with TRITON_INTERPRET=1)"

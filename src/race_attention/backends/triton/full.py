@@ -14,11 +14,17 @@ import triton
 import triton.language as tl
 
 from .device import (
+    bfloat16_of,
+    bucket_gradients,
+    buckets,
+    corner_signs,
     dot,
     keys_inside,
+    load_planes,
     load_rows,
     load_state,
     operand,
+    project,
     reciprocal,
     run_bounds,
     store_planes,
@@ -26,9 +32,17 @@ from .device import (
     store_state,
     whole_rows,
 )
-from .soft import bucket_gradients, buckets, hash_of, masses_as_columns, project
 
 NEVER_SPECIALIZED = ["T", "RUN", "NC", "G"]
+
+
+@triton.jit
+def _masses_as_columns(mass, SP: tl.constexpr):
+    """mass [SP] in two parts of bfloat16, [SP, 16]: a product with it sums buckets weighted by mass."""
+    n = tl.arange(0, 16)[None, :]
+    high = bfloat16_of(mass)
+    low = bfloat16_of(mass - high.to(tl.float32))
+    return tl.where(n == 0, high[:, None], tl.where(n == 1, low[:, None], 0.0)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -65,14 +79,15 @@ def accumulate_kernel(
     value += whole_rows(batch * vb + head * vh, ALIGNED)
     key_mask += batch * mb + head * mh
     b = tl.load(beta + head)
-    high, low, up, down = hash_of(planes, head, L, P, D, DP, N, SP, PRECISION)
+    w = load_planes(planes, head, 0, L, P, D, DP, N, SP)
+    up, down = corner_signs(0, P, N, SP, PRECISION)
     value_sum = tl.zeros([VP, SP], tl.float32)
     masses = tl.zeros([C, SP], tl.float32)
     for t in range(start, end, C):
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
         k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
         v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
-        phi = buckets(project(k, high, low, PRECISION), b, up, down, S, SP, LIFT, PRECISION)
+        phi = buckets(project(k, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
         phi = operand(tl.where(inside[:, None], phi, 0.0), PRECISION)
         value_sum += dot(tl.trans(operand(v, PRECISION)), phi, PRECISION)
         masses += phi.to(tl.float32)  # of the rounded weights: mass and value_sum stay consistent
@@ -101,13 +116,14 @@ def readout_kernel(
     state = states + (row * G + group) * (S * (V + 1))
     b = tl.load(beta + group)
     c = tl.arange(0, C)
-    high, low, up, down = hash_of(planes, group, L, P, D, DP, N, SP, PRECISION)
+    w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+    up, down = corner_signs(0, P, N, SP, PRECISION)
     value_sum, mass = load_state(state, 0, S, SP, V, VP)
     sums = tl.trans(operand(value_sum, PRECISION))
-    columns = masses_as_columns(mass, SP)
+    columns = _masses_as_columns(mass, SP)
     for t in range(start, end, C):
         q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
-        phi = buckets(project(q, high, low, PRECISION), b, up, down, S, SP, LIFT, PRECISION)
+        phi = buckets(project(q, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
         phi = operand(phi, PRECISION)
         numerator = dot(phi, sums, PRECISION)
         if PRECISION == "bf16":
@@ -140,11 +156,12 @@ def query_gradient_kernel(
     program = run.to(tl.int64) * H + head
     b = tl.load(beta + group)
     c = tl.arange(0, C)
-    high, low, up, down = hash_of(planes, group, L, P, D, DP, N, SP, PRECISION)
+    w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+    up, down = corner_signs(0, P, N, SP, PRECISION)
     value_sum, mass = load_state(state, 0, S, SP, V, VP)
     mean = _mean_value(value_sum, mass)
     centred = operand(value_sum - mean[:, None] * mass[None, :], PRECISION)
-    columns = masses_as_columns(mass, SP)
+    columns = _masses_as_columns(mass, SP)
     beta_sum = tl.zeros([C, N], tl.float32)
     grad_sum = tl.zeros([VP, SP], tl.float32)
     grad_mass = tl.zeros([C, SP], tl.float32)
@@ -152,8 +169,8 @@ def query_gradient_kernel(
     for t in range(start, end, C):
         q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
         do = load_rows(grad_out, ot, t, t + c < end, C, V, VP, ALIGNED)
-        y = project(q, high, low, PRECISION)
-        phi = buckets(y, b, up, down, S, SP, LIFT, PRECISION)
+        y = project(q, w, PRECISION)
+        phi = buckets(y, b, up, down, 0, S, SP, LIFT, PRECISION)
         rounded = operand(phi, PRECISION)
         if PRECISION == "bf16":
             denominator = tl.sum(tl.dot(rounded, columns), 1)
@@ -166,7 +183,7 @@ def query_gradient_kernel(
         grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
-        dq = dot(grad_y, tl.trans(high), PRECISION)
+        dq = dot(grad_y, operand(w, PRECISION), PRECISION)
         store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
         seen = operand(rounded.to(tl.float32) * inverse[:, None], PRECISION)
         grad_sum += dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
@@ -205,7 +222,8 @@ def key_gradient_kernel(
     program = run.to(tl.int64) * G + group
     b = tl.load(beta + group)
     c = tl.arange(0, C)
-    high, low, up, down = hash_of(planes, group, L, P, D, DP, N, SP, PRECISION)
+    w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
+    up, down = corner_signs(0, P, N, SP, PRECISION)
     value_sum, mass = load_state(states + offset, 0, S, SP, V, VP)
     grad_sum, grad_mass = load_state(adjoints + offset, 0, S, SP, V, VP)
     rounded = operand(grad_sum, PRECISION)
@@ -216,15 +234,15 @@ def key_gradient_kernel(
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
         k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
         v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
-        y = project(k, high, low, PRECISION)
-        phi = tl.where(inside[:, None], buckets(y, b, up, down, S, SP, LIFT, PRECISION), 0.0)
+        y = project(k, w, PRECISION)
+        phi = tl.where(inside[:, None], buckets(y, b, up, down, 0, S, SP, LIFT, PRECISION), 0.0)
         dv = dot(operand(phi, PRECISION), tl.trans(rounded), PRECISION)
         store_rows(grad_value, G * V, t, t + c < end, dv, C, V, VP)
         grad_phi = _exact_dot(v, rounded, PRECISION) + grad_mass[None, :]
         grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
-        store_rows(grad_key, G * D, t, t + c < end, dot(grad_y, tl.trans(high), PRECISION), C, D, DP)
+        store_rows(grad_key, G * D, t, t + c < end, dot(grad_y, operand(w, PRECISION), PRECISION), C, D, DP)
         if NEED_PLANES:
             planes_sum += dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))

@@ -53,7 +53,7 @@ class Problem:
 
     def runs(self, of_keys: bool) -> plan.Runs:
         tokens, bounds = (self.keys, self.key_bounds) if of_keys else (self.queries, self.bounds)
-        return plan.runs_of(self.batch, tokens, self.groups, *plan.run_lengths(self.shape), bounds)
+        return plan.runs_of(self.batch, tokens, self.groups, *plan.run_lengths(self.shape, self.causal), bounds)
 
     def options(self, kernel: str, *, tiles: bool) -> dict[str, Any]:
         """The compile-time arguments and the configuration of a kernel."""

@@ -103,12 +103,16 @@ def shape_class(dim: int, value_dim: int, tables: int, planes: int, dtype: torch
 
 
 @functools.lru_cache(maxsize=1024)
-def run_lengths(shape: Shape) -> tuple[int, int]:
-    """The shortest and the longest runs. Where buckets fill several tiles both are one block."""
-    blocks = [shape.config(kernel).block for kernel in configs.KERNELS]
+def run_lengths(shape: Shape, causal: bool = True) -> tuple[int, int]:
+    """The shortest and the longest runs. Where buckets fill several tiles both are one block.
+
+    States of runs are large where there are many buckets; where they are not kept, runs are then twice as long.
+    """
+    blocks = {kernel: shape.config(kernel).block for kernel in configs.KERNELS}
     if not shape.narrow:
-        return min(blocks), min(blocks)
-    return max(blocks), configs.LONGEST_RUN
+        return min(blocks.values()), min(blocks.values())
+    shortest = max(block for kernel, block in blocks.items() if kernel.startswith("full") != causal)
+    return shortest, configs.LONGEST_RUN if causal or shape.tile < 64 else 2 * configs.LONGEST_RUN
 
 
 @functools.lru_cache(maxsize=1024)

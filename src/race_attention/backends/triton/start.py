@@ -41,8 +41,7 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
 
 
 def _start_first(key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
-    with _compiling():
-        compiled = kernel[grid](*args, **options)
+    compiled, options = _first_that_fits(kernel, grid, args, options)
     if not isinstance(compiled, triton.compiler.CompiledKernel):
         return  # Triton's interpreter, or a compilation that goes on elsewhere
     names = [parameter.name for parameter in kernel.params]
@@ -50,6 +49,22 @@ def _start_first(key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], args:
         if isinstance(value, int) and not (parameter.do_not_specialize and parameter.annotation_type):
             raise TypeError(f"{names[0]}: {parameter.name} is a number that is specialised on, or of no one type")
     _compiled[key] = compiled, tuple(options[name] for name in names[len(args) :])
+
+
+def _first_that_fits(
+    kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Launches, with fewer stages of loads where a multiprocessor of this GPU has no room for as many."""
+    for stages in range(options.get("num_stages", 1), 0, -1):
+        if "num_stages" in options:
+            options = options | {"num_stages": stages}
+        try:
+            with _compiling():
+                return kernel[grid](*args, **options), options
+        except triton.runtime.errors.OutOfResources:
+            if stages == 1:
+                raise
+    raise AssertionError("num_stages is at least 1")
 
 
 #: The first release of ptxas that compiles Hopper's warp-group matrix instructions rightly.
