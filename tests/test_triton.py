@@ -301,6 +301,7 @@ def test_features_are_those_of_the_reference() -> None:
 
 def test_a_kernel_that_does_not_fit_has_fewer_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
+
     from race_attention.backends.triton import start
 
     tried: list[int] = []

@@ -17,8 +17,11 @@ import torch
 import triton
 from torch import Tensor
 
-#: (kernel, device, compile-time arguments, tensors) -> (compiled kernel, compile-time arguments in its order)
+#: kernel, device, compile-time arguments, dtypes, alignment -> (compiled kernel, compile-time arguments in its order)
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+_NUMBERS = frozenset((int, float))
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -30,8 +33,10 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
         args: tensors (the first one is) and numbers, all that come before the compile-time arguments.
         options: the compile-time arguments, num_warps and num_stages, always in the same order at one place.
     """
-    tensors = tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in args if isinstance(x, Tensor)])
-    key = (kernel, args[0].get_device(), tuple(options.items()), tensors)
+    tensors = [x for x in args if type(x) not in _NUMBERS]
+    unaligned: Any = [x.data_ptr() % 16 for x in tensors]
+    unaligned = tuple(map(bool, unaligned)) if any(unaligned) else None
+    key = kernel, args[0].get_device(), *options.values(), *[x.dtype for x in tensors], unaligned
     found = _compiled.get(key)
     if found is None:
         _start_first(key, kernel, grid, args, options)
