@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 #: kernel, device, compile-time arguments, dtypes, alignment -> (compiled kernel, compile-time arguments in its order)
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
