@@ -44,7 +44,7 @@ def measure(call: Callable[[], Any], seconds: float = 1.5, least: int = 5, most:
     begin = time.perf_counter()
     call()
     if time.perf_counter() - begin > 1.0:
-        least = min(least, 3)
+        least = min(least, 2)
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < least or (time.perf_counter() - begin < seconds and len(times) < most):

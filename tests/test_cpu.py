@@ -236,6 +236,7 @@ def test_results_do_not_depend_on_the_threads(name, threads):
 
 
 # Large enough (8 MB) that a thread passes over several heads together.
+LARGE_OPTIONS = {"causal": True, "batch": 1, "heads": 4, "dim": 128, "value_dim": 128, "tables": 2, "planes": 2}
 LARGE = {
     "plain": {"tokens": 8400},
     "decay, state": {"tokens": 8400, "decay": "token", "initial_state": True, "masked": 0.2},
@@ -248,8 +249,7 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_heads_passed_over_together(name, dtype, threads):
     """By four, by two (four heads, two threads) and over pieces of a row (five threads); the same to the bit."""
-    options = {"causal": True, "batch": 1, "heads": 4, "dim": 128, "value_dim": 128, "tables": 2, "planes": 2}
-    inputs = make_inputs(**{**options, **LARGE[name]}, dtype=dtype, requires_grad=True)
+    inputs = make_inputs(**{**LARGE_OPTIONS, **LARGE[name]}, dtype=dtype, requires_grad=True)
     threads(1)
     alone = evaluate(whole, inputs, backend="cpu")
     for key, right in evaluate(whole, in_double(inputs), backend="reference").items():

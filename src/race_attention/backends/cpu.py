@@ -105,7 +105,7 @@ def _plain(inputs: Sequence[Any]) -> bool:
 
     Then the call goes around torch's dispatcher, whose Python side takes 0.3 ms of a forward and backward.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_function_stack():
         return False
@@ -357,13 +357,14 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *results, saved = _forward(*arguments, True)
-        _setup_context(ctx, arguments, (*results, saved))
-        return tuple(results)
+        out, mass, value_sum, saved = _forward(*arguments, True)
+        _setup_context(ctx, arguments, (out, mass, value_sum, saved))
+        return out, mass, value_sum
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _autograd(ctx, *grads, None)[:-1]
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_out, grad_mass, grad_sum = grads
+        return _autograd(ctx, grad_out, grad_mass, grad_sum, None)[:-1]
 
 
 def _no_second_order(ctx: Any, *grads: Any) -> Any:

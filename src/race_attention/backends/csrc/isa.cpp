@@ -84,6 +84,9 @@ const Kernels& isa_kernels(int isa, Store store) {
   if (isa == kAmx && store == kBFloat16) return amx::kernels;
 #endif
 #ifdef RACE_X86
+#ifdef RACE_TILES_EMULATED
+  if (isa == kAmx) return avx2::kernels;
+#endif
   if (isa == kAvx2) return avx2::kernels;
   if (isa == kAvx512 || isa == kAmx) return avx512::kernels;
 #endif
