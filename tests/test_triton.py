@@ -212,6 +212,23 @@ def test_shape_classes_know_nothing_of_lengths() -> None:
             assert runs.per_row * runs.length >= tokens > (runs.per_row - 1) * runs.length
 
 
+@pytest.mark.parametrize("lengths", [(5, 0, 0, 64, 1, 130), (0, 0), (), (7,), (1,) * 1100 + (200, 0)], ids=len)
+def test_runs_of_packed_sequences(lengths: tuple[int, ...]) -> None:
+    from race_attention.backends.triton.runs import packed_table
+
+    bounds = torch.tensor((0, *lengths), device=DEVICE).cumsum(0)
+    runs = [-(-length // 32) for length in lengths]
+    count = sum(lengths) // 32 + len(lengths)
+    right, firsts = [], [0]
+    for row, (number, begin, end) in enumerate(zip(runs, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        right += [[row, begin + 32 * r, min(begin + 32 * (r + 1), end), int(r == number - 1)] for r in range(number)]
+        firsts.append(firsts[-1] + number)
+    right += [[0, 0, 0, 0]] * (count - len(right))
+    table, first = packed_table(bounds, 32, count)
+    assert table.tolist() == right
+    assert first.tolist() == firsts
+
+
 def test_the_users_table_comes_first(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from race_attention.backends.triton import configs
 

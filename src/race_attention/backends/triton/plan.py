@@ -175,22 +175,7 @@ def runs_of(batch: int, tokens: int, groups: int, shortest: int, longest: int, b
         per_row = -(-tokens // length)
         return Runs(length, batch * per_row, per_row, room, None, None)
     count = tokens // length + rows if rows else 0
-    table, first = _packed_table(bounds, length, count)
+    from .runs import packed_table  # what has no kernels needs no Triton
+
+    table, first = packed_table(bounds, length, count)
     return Runs(length, count, 0, room, table, first)
-
-
-def _packed_table(bounds: Tensor, length: int, count: int) -> tuple[Tensor, Tensor]:
-    """The runs of packed sequences, found on the device: no length ever reaches the host."""
-    rows = bounds.shape[0] - 1
-    per_row = (bounds[1:] - bounds[:-1] + (length - 1)).div(length, rounding_mode="floor")
-    first = torch.zeros_like(bounds)
-    torch.cumsum(per_row, 0, out=first[1:])
-    index = torch.arange(count, device=bounds.device)
-    row = torch.searchsorted(first[1:], index, right=True)
-    alive = row < rows
-    row = row.clamp(max=max(rows - 1, 0))
-    start = bounds[row] + (index - first[row]) * length
-    end = torch.minimum(start + length, bounds[row + 1])
-    last = (index + 1 == first[row + 1]).long()
-    table = torch.stack((row, start, end, last), dim=1)
-    return torch.where(alive[:, None], table, 0).contiguous(), first
