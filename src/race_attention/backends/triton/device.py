@@ -104,90 +104,6 @@ def store_state(base, tile, value_sum, mass, S: tl.constexpr, SP: tl.constexpr, 
 
 
 @triton.jit
-def load_half(
-    base, half: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VH: tl.constexpr, TALL: tl.constexpr
-):
-    """Columns half * VH and on of a state's value sums, [SP, VH], or [VH, SP] where not TALL.
-
-    A product whose rows are as many as its columns has its warps one below the other: sums stay in their registers
-    from product to product. Hence halves of Dv, and the buckets down only where they are 64.
-    """
-    s = tl.arange(0, SP)
-    v = half * VH + tl.arange(0, VH)
-    if TALL:
-        return tl.load(base + s[:, None] * V + v[None, :], mask=(s < S)[:, None] & (v < V)[None, :], other=0.0)
-    else:
-        return tl.load(base + s[None, :] * V + v[:, None], mask=(s < S)[None, :] & (v < V)[:, None], other=0.0)
-
-
-@triton.jit
-def store_half(
-    base, half: tl.constexpr, x, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VH: tl.constexpr,
-    TALL: tl.constexpr,
-):  # fmt: skip
-    s = tl.arange(0, SP)
-    v = half * VH + tl.arange(0, VH)
-    if TALL:
-        tl.store(base + s[:, None] * V + v[None, :], x, mask=(s < S)[:, None] & (v < V)[None, :])
-    else:
-        tl.store(base + s[None, :] * V + v[:, None], x, mask=(s < S)[None, :] & (v < V)[:, None])
-
-
-@triton.jit
-def load_mass(base, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr):
-    s = tl.arange(0, SP)
-    return tl.load(base + S * V + s, mask=s < S, other=0.0)
-
-
-@triton.jit
-def store_mass(base, x, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr):
-    s = tl.arange(0, SP)
-    tl.store(base + S * V + s, x, mask=s < S)
-
-
-@triton.jit
-def by_bucket(half, TALL: tl.constexpr):
-    """A half of a state as [SP, VH]."""
-    return half if TALL else tl.trans(half)
-
-
-@triton.jit
-def by_value(half, TALL: tl.constexpr):
-    """A half of a state as [VH, SP]."""
-    return tl.trans(half) if TALL else half
-
-
-@triton.jit
-def taken_up(half, rows, weights, TALL: tl.constexpr, PRECISION: tl.constexpr):
-    """A half of a state, and the tokens' rows [C, VH] with their weights [C, SP] added."""
-    if TALL:
-        return add_dot(half, tl.trans(weights), rows, PRECISION)
-    else:
-        return add_dot(half, tl.trans(rows), weights, PRECISION)
-
-
-@triton.jit
-def load_features(base, start, inside, C: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr):
-    """phi [C, SP] of the tokens from ``start`` on, of rows SW apart (S rounded up to 8), zero past them."""
-    s = tl.arange(0, SP)
-    mask = inside[:, None]
-    if SP != SW:
-        mask = mask & (s < SW)[None, :]
-    pointer = (base + start * SW) + (tl.arange(0, C)[:, None] * SW + s[None, :])
-    return tl.load(pointer, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_features(base, start, inside, phi, C: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr):
-    s = tl.arange(0, SP)
-    mask = inside[:, None]
-    if SP != SW:
-        mask = mask & (s < SW)[None, :]
-    pointer = (base + start * SW) + (tl.arange(0, C)[:, None] * SW + s[None, :])
-    tl.store(pointer, phi, mask=mask)
-
-
-@triton.jit
 def store_planes(base, part, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """Writes x [DP, N] as part number ``part`` of the sums for the hyperplanes' gradient, [parts, N, D] float32."""
     n = tl.arange(0, N)
@@ -298,18 +214,6 @@ def load_planes(
 
 
 @triton.jit
-def load_half_planes(
-    planes, head, half: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DH: tl.constexpr,
-    N: tl.constexpr,
-):  # fmt: skip
-    """[N, DH] columns half * DH and on of all a head's hyperplanes."""
-    n = tl.arange(0, N)
-    d = half * DH + tl.arange(0, DH)
-    pointer = planes + (head.to(tl.int64) * (L * P) + n)[:, None] * D + d[None, :]
-    return tl.load(pointer, mask=(n < L * P)[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
 def corner_signs(tile, P: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
     """Which planes are on the +1 side of which buckets, and which on the -1 side: 0 or 1, [N, SP] twice."""
     n = tl.arange(0, N)[:, None]
@@ -417,37 +321,3 @@ def load_decay(base, stride, start, end, C: tl.constexpr):
     whole = tl.floor(x + 0.5)
     part = x - whole
     return tl.cumsum(whole, 0), tl.cumsum(part, 0), tl.sum(whole, 0), tl.sum(part, 0)
-
-
-@triton.jit
-def block_decay(base, stride, start, end, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(whole, part, since, left, kept, total) of a block.
-
-    Running sums of log_decay as :func:`fading` takes them; what the state before the block keeps at each token [C];
-    what each token keeps at the end [C]; what the state keeps in all, and that one's logarithm.
-
-    In bfloat16 one plain sum does: a token that forgets more than a float32 can tell counts as 88, so that sums stay
-    below 2**13 and their differences good to 2**-10 at the very worst.
-    """
-    if PRECISION == "bf16":
-        c = tl.arange(0, C)
-        x = tl.load(base + (start + c) * stride, mask=start + c < end, other=0.0).to(tl.float32)
-        x = tl.maximum(x, -88.0)
-        whole = tl.cumsum(x, 0)
-        total = tl.sum(x, 0)
-        return whole * LOG2_E, whole, tl.exp(whole), tl.exp(total - whole), tl.exp(total), total
-    else:
-        whole, part, all_whole, all_part = load_decay(base, stride, start, end, C)
-        left = tl.exp((all_whole - whole) + (all_part - part))
-        return whole, part, tl.exp(whole + part), left, tl.exp(all_whole + all_part), all_whole + all_part
-
-
-@triton.jit
-def fading(whole, part, past, KEYS_DOWN: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, C] what is left of a key at a query, and 0 where the key is not past. Queries down, or KEYS_DOWN."""
-    age = whole[None, :] - whole[:, None] if KEYS_DOWN else whole[:, None] - whole[None, :]
-    if PRECISION == "bf16":
-        return tl.exp2(tl.where(past, age, -1000.0))
-    else:
-        age += part[None, :] - part[:, None] if KEYS_DOWN else part[:, None] - part[None, :]
-        return tl.exp(tl.where(past, age, -1000.0))

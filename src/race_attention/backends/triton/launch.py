@@ -21,7 +21,7 @@ class Problem:
     """The tensors of a call as the kernels read them, and its shape class.
 
     ``inverses`` are 1 / denominators, [B, H, Tq], which the forward pass fills and the backward pass reads where it
-    has any, as it reads ``out``.
+    has any, as it reads ``out`` or ``features``, the keys' buckets [B, G, Tk, row].
     """
 
     query: Tensor
@@ -38,6 +38,7 @@ class Problem:
     grad_out: Tensor | None = None
     out: Tensor | None = None
     inverses: Tensor | None = None
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value = map(_unit_stride, (self.query, self.key, self.value))

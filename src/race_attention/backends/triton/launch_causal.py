@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import causal, causal_gradients, plan
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
-from .launch_states import accumulate, run_totals, scan
+from .launch_states import run_totals, scan
 from .ops import kept_states
 from .start import start
 
@@ -17,22 +17,36 @@ State = tuple[Tensor | None, Tensor | None]
 
 
 def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, final mass, final value_sum, the state before each run); fills ``p.inverses``."""
+    """(out, final mass, final value_sum, the state before each run); fills ``p.inverses`` and ``p.features``."""
     runs = p.runs(of_keys=True)
-    features = _room_for_features(p, p.groups)
-    parts, totals = accumulate(p, runs, features)
+    parts, totals = _key_states(p, runs)
     before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
     mass, value_sum = scan(p, runs, parts, totals, before, initial)
-    return readout(p, runs, features, before), mass, value_sum, before
+    return readout(p, runs, before), mass, value_sum, before
 
 
-def readout(p: Problem, runs: plan.Runs, features: Tensor, before: Tensor) -> Tensor:
+def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
+    """The state that the keys of each run leave, its total log decay [runs, G] float64; fills ``p.features``."""
+    states = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
+    totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
+    if runs.count * p.groups:
+        start(
+            causal.key_states_kernel, (runs.count * p.groups,),
+            p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
+            pointer_or(runs.table, p.beta), states, totals, p.features,
+            *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
+            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, **_options(p, "causal_key_states"),
+        )  # fmt: skip
+    return states, totals
+
+
+def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
     """out of the queries, from the state before their run and the keys of it."""
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
     if runs.count * p.heads:
         start(
             causal.readout_kernel, (runs.count * p.heads,),
-            p.query, features, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta),
+            p.query, p.features, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta),
             p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, out, p.inverses,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
@@ -48,80 +62,79 @@ def backward(
     assert p.inverses is not None
     runs = p.runs(of_keys=True)
     of_queries, of_keys = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
-    deltas, query_features = torch.empty_like(p.inverses), _room_for_features(p, p.heads)
-    adjoints = _adjoints(p, runs, deltas, query_features)
+    seen, adjoints = _adjoints(p, runs)
+    dq, deltas = _query_gradients(p, runs, kept, seen, adjoints, of_queries)
     after = p.new_states(max(runs.count, 1), p.groups)
     initial = scan(p, runs, adjoints, run_totals(p, runs), after, grad_final, share=p.share, reverse=True)
     del adjoints
-    dk, dv, decay, key_features = _key_gradients(
-        p, runs, kept, after, at_the_end(p, final, grad_final), deltas, query_features, of_keys
-    )
-    del after, query_features
-    return _query_gradients(p, runs, kept, deltas, key_features, of_queries), dk, dv, decay, initial
+    at_end = at_the_end(p, final, grad_final)
+    dk, dv, decay = _key_gradients(p, runs, kept, after, at_end, deltas, seen, of_keys)
+    return dq, dk, dv, decay, initial
 
 
-def _adjoints(p: Problem, runs: plan.Runs, deltas: Tensor, features: Tensor) -> Tensor:
-    """The gradient of the state before each run from its own queries; fills ``deltas`` and ``features``."""
+def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
+    """The queries' buckets over their denominators; and from a run's queries the gradient of the state before it.
+
+    Of that the value sums' part, with room for the mass's.
+    """
     assert p.grad_out is not None
+    assert p.features is not None
+    features = p.features.new_empty(p.batch, p.heads, p.queries, p.shape.row)
     adjoints = p.new(max(runs.count, 1), p.heads, p.shape.state_size)
     if runs.count * p.heads:
         start(
             causal.adjoint_kernel, (runs.count * p.heads,),
-            p.query, p.grad_out, p.out, p.inverses, pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
-            pointer_or(runs.table, p.beta), adjoints, deltas, features,
+            p.query, p.grad_out, p.inverses, pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
+            pointer_or(runs.table, p.beta), adjoints, features,
             *p.query.stride()[:3], *p.grad_out.stride()[:3], *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
             HAS_DECAY=p.log_decay is not None, **_options(p, "causal_adjoint"),
         )  # fmt: skip
-    return adjoints
-
-
-def _key_gradients(
-    p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, at_the_end: Tensor, deltas: Tensor, features: Tensor,
-    parts: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dk, dv, the gradient of log_decay, the keys' buckets)."""
-    assert p.grad_out is not None
-    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.key, p.value))
-    decay = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
-    key_features = _room_for_features(p, p.groups)
-    if runs.count * p.groups:
-        start(
-            causal_gradients.key_gradient_kernel, (runs.count * p.groups,),
-            features, p.key, p.value, p.grad_out, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta),
-            p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, after, deltas, at_the_end,
-            key_features, dk, dv, decay, *parts,
-            *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
-            **p.conditions, NEED_PLANES=parts[0].numel() > 0, **_options(p, "causal_key_gradient"),
-        )  # fmt: skip
-    return dk, dv, decay, key_features
+    return features, adjoints
 
 
 def _query_gradients(
-    p: Problem, runs: plan.Runs, before: Tensor, deltas: Tensor, features: Tensor, parts: tuple[Tensor, Tensor]
-) -> Tensor:
+    p: Problem, runs: plan.Runs, before: Tensor, seen: Tensor, adjoints: Tensor, parts: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(dq, grad_out . out [B, H, T]); completes ``adjoints`` with the gradient of the mass."""
     assert p.grad_out is not None
-    dq = torch.empty_like(p.query, memory_format=torch.contiguous_format)
+    assert p.inverses is not None
+    dq, deltas = torch.empty_like(p.query, memory_format=torch.contiguous_format), torch.empty_like(p.inverses)
     if runs.count * p.heads:
         start(
             causal_gradients.query_gradient_kernel, (runs.count * p.heads,),
-            p.query, features, p.value, p.grad_out, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta),
-            p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, deltas, p.inverses, dq, *parts,
+            p.query, seen, p.features, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
+            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, adjoints,
+            deltas, dq, *parts,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
-            **p.conditions, NEED_PLANES=parts[0].numel() > 0, **_options(p, "causal_query_gradient"),
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **p.conditions,
+            NEED_PLANES=parts[0].numel() > 0, ROWS=p.shape.rows, **_options(p, "causal_query_gradient"),
         )  # fmt: skip
-    return dq
+    return dq, deltas
 
 
-def _room_for_features(p: Problem, heads: int) -> Tensor:
-    """Buckets of each token and head, [B, heads, T, SW], as operands of the kernels' products."""
-    dtype = torch.bfloat16 if p.shape.precision == "bf16" else torch.float32
-    return p.new(p.batch, heads, p.queries, p.shape.row, dtype=dtype)
+def _key_gradients(
+    p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, at_the_end: Tensor, deltas: Tensor, seen: Tensor,
+    parts: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dk, dv, the gradient of log_decay)."""
+    assert p.grad_out is not None
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.key, p.value))
+    decay = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
+    if runs.count * p.groups:
+        start(
+            causal_gradients.key_gradient_kernel, (runs.count * p.groups,),
+            seen, p.features, p.key, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
+            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, after,
+            deltas, at_the_end, dk, dv, decay, *parts,
+            *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **p.conditions,
+            NEED_PLANES=parts[0].numel() > 0, ROWS=p.shape.rows, **_options(p, "causal_key_gradient"),
+        )  # fmt: skip
+    return dk, dv, decay
 
 
 def _options(p: Problem, kernel: str) -> dict[str, Any]:
-    """Heads are cut in halves, each at least 16 wide."""
-    options = p.options(kernel, tiles=False)
-    return options | {"DP": max(32, options["DP"]), "VP": max(32, options["VP"]), "SW": p.shape.row}
+    """Planes come in pairs of parts, so that eight of them already fill a product's sixteen."""
+    rows = plan.power_of_two(p.shape.tables * p.shape.planes, 8)
+    return p.options(kernel, tiles=False) | {"N": rows, "SW": p.shape.row}

@@ -15,11 +15,8 @@ from .start import start
 SCAN_RUNS, SCAN_ELEMENTS = 32, 64
 
 
-def accumulate(problem: Problem, runs: plan.Runs, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The state that the keys of each run leave, and each run's total log decay [runs, G] float64.
-
-    Fills ``features`` with the keys' buckets, [B, G, T, SW], where given.
-    """
+def accumulate(problem: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
+    """The state that the keys of each run leave, and each run's total log decay [runs, G] float64."""
     p = problem
     result = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
@@ -27,10 +24,9 @@ def accumulate(problem: Problem, runs: plan.Runs, features: Tensor | None = None
         start(
             states.accumulate_kernel, (runs.count * p.groups, p.shape.tiles),
             p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
-            pointer_or(runs.table, p.beta), result, totals, pointer_or(features, p.beta),
+            pointer_or(runs.table, p.beta), result, totals,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, KEEP=features is not None,
-            SW=p.shape.row, **p.options("accumulate", tiles=False),
+            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, **p.options("accumulate", tiles=False),
         )  # fmt: skip
     return result, totals
 

@@ -2,7 +2,7 @@
 
 Nothing here imports Triton; the kernels come with the first launch. The forward pass keeps for the backward pass
 its inputs and the state before each run of tokens (causal) or of each row (not), float32; and where its kernels use
-them, out and the inverses of the denominators.
+them, the inverses of the denominators, and the keys' buckets or out.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ _INPUTS = (
 )
 _library.define(
     f"triton_forward({_INPUTS}, Tensor? mass, Tensor? value_sum, bool causal) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"triton_backward(Tensor grad_out, Tensor? grad_mass, Tensor? grad_value_sum, {_INPUTS}, Tensor? final_mass, "
-    "Tensor? final_value_sum, Tensor? out, Tensor states, Tensor inverses, bool causal, bool need_planes) "
+    "Tensor? final_value_sum, Tensor? out, Tensor states, Tensor inverses, Tensor features, bool causal, "
+    "bool need_planes) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 triton_forward = torch.ops.race_attention.triton_forward.default
@@ -70,8 +71,8 @@ def _forward_kernels(
     mass: Tensor | None,
     value_sum: Tensor | None,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, final mass, final value_sum, states and inverses kept for the backward pass). Arguments as in ``Call``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final mass, final value_sum; for the backward pass states, inverses, features). Arguments as ``Call``."""
     from . import passes
 
     return passes.forward(
@@ -93,7 +94,7 @@ def _(
     mass: Tensor | None,
     value_sum: Tensor | None,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, queries, heads = query.shape[:3]
     groups, value_dim = value.shape[2:]
     tables, planes = hyperplanes.shape[1:3]
@@ -105,6 +106,7 @@ def _(
         query.new_empty(rows, groups, tables, 1 << planes, value_dim, dtype=wide),
         kept_states(query, value, hyperplanes, rows, causal),
         kept_inverses(query, value, hyperplanes, causal),
+        kept_features(key, value, hyperplanes, causal),
     )
 
 
@@ -125,6 +127,14 @@ def kept_inverses(query: Tensor, value: Tensor, hyperplanes: Tensor, causal: boo
     return query.new_empty((batch, heads, queries) if causal else (0,), dtype=torch.float32)
 
 
+def kept_features(key: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:
+    """The buffer for the keys' buckets, [B, G, Tk, row] as the products take them, of one tile; else empty."""
+    shape = shape_of(key, value, hyperplanes)
+    batch, keys, groups = key.shape[:3]
+    size = (batch, groups, keys, shape.row) if causal and shape.narrow else (0,)
+    return key.new_empty(size, dtype=torch.bfloat16 if shape.precision == "bf16" else torch.float32)
+
+
 def _backward_kernels(
     grad_out: Tensor,
     grad_mass: Tensor | None,
@@ -143,6 +153,7 @@ def _backward_kernels(
     out: Tensor | None,
     states: Tensor,
     inverses: Tensor,
+    features: Tensor,
     causal: bool,
     need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -154,7 +165,8 @@ def _backward_kernels(
 
     return passes.backward(
         grad_out, grad_mass, grad_value_sum, query, key, value, hyperplanes, beta, log_decay, key_mask,
-        cu_seqlens, cu_seqlens_key, final_mass, final_value_sum, out, states, inverses, causal, need_planes,
+        cu_seqlens, cu_seqlens_key, final_mass, final_value_sum, out, states, inverses, features,
+        causal, need_planes,
     )  # fmt: skip
 
 
@@ -177,6 +189,7 @@ def _(
     out: Tensor | None,
     states: Tensor,
     inverses: Tensor,
+    features: Tensor,
     causal: bool,
     need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -209,7 +222,7 @@ class _Differentiable(torch.autograd.Function):
         *tensors, mass, value_sum, ctx.causal = inputs
         # The gradient of log_decay is anchored at the final state; nothing else needs that.
         final = output[1:3] if inputs[5] is not None else (None, None)
-        out = output[0] if output[4].numel() else None
+        out = output[0] if output[4].numel() and not output[5].numel() else None
         ctx.save_for_backward(*tensors, *final, out, *output[3:])
         ctx.initial = None if mass is None else (mass.dtype, value_sum.dtype)
         ctx.set_materialize_grads(False)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import launch_causal, launch_full, launch_wide
 from .launch import ParameterSums, Problem, on
-from .ops import kept_inverses, shape_of
+from .ops import kept_features, kept_inverses, shape_of
 
 
 def _launches_of(problem: Problem) -> ModuleType:
@@ -21,21 +21,23 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None,
     key_mask: Tensor | None, bounds: Tensor | None, key_bounds: Tensor | None, mass: Tensor | None,
     value_sum: Tensor | None, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, final mass, final value_sum, states, inverses): what the operator ``triton_forward`` returns."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, final mass, final value_sum, states, inverses, features): what the operator ``triton_forward`` returns."""
     shape = shape_of(query, value, hyperplanes)
     p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
     p.inverses = kept_inverses(query, value, hyperplanes, causal)
+    p.features = kept_features(key, value, hyperplanes, causal)
     with on(query.device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p).forward(p, (mass, value_sum))
-    return *result, p.inverses
+    return *result, p.inverses, p.features
 
 
 def backward(
     grad_out: Tensor, grad_mass: Tensor | None, grad_value_sum: Tensor | None, query: Tensor, key: Tensor,
     value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None, key_mask: Tensor | None,
     bounds: Tensor | None, key_bounds: Tensor | None, final_mass: Tensor | None, final_value_sum: Tensor | None,
-    out: Tensor | None, kept: Tensor, inverses: Tensor, causal: bool, need_planes: bool,
+    out: Tensor | None, kept: Tensor, inverses: Tensor, features: Tensor,
+    causal: bool, need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the operator ``triton_backward`` returns.
 
@@ -44,7 +46,7 @@ def backward(
     shape = shape_of(query, value, hyperplanes)
     p = Problem(
         query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape, grad_out,
-        out, inverses,
+        out, inverses, features,
     )  # fmt: skip
     with on(query.device):
         sums = ParameterSums(p, need_planes)

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .device import (
     add_dot,
-    block_decay,
     buckets,
     corner_signs,
     keys_inside,
@@ -20,7 +19,6 @@ from .device import (
     operand,
     project,
     run_bounds,
-    store_features,
     store_state,
     whole_rows,
 )
@@ -30,19 +28,16 @@ NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "kb", "kt", "kh", "vb", "vt", "vh", 
 
 @triton.jit(do_not_specialize=NEVER_SPECIALIZED)
 def accumulate_kernel(
-    key, value, key_mask, log_decay, planes, beta, table, states, totals, features,
+    key, value, key_mask, log_decay, planes, beta, table, states, totals,
     kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, C: tl.constexpr,
     LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, KEEP: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """The state that each run of keys alone leaves (programs: runs * G, bucket tiles), and its total log decay.
-
-    KEEP writes the keys' buckets, [B, G, T, SW], zero where a key takes no part: for one tile.
-    """
+    """The state that each run of keys alone leaves (programs: runs * G, bucket tiles), and its total log decay."""
     S: tl.constexpr = L << P
     run = tl.program_id(0) // G
     head = tl.program_id(0) - run * G
@@ -52,7 +47,6 @@ def accumulate_kernel(
     value += whole_rows(batch * vb + head * vh, ALIGNED)
     key_mask += batch * mb + head * mh
     log_decay += batch * gb + head * gh
-    features += (batch * G + head) * T * SW
     b = tl.load(beta + head)
     w = load_planes(planes, head, tile, L, P, D, DP, N, SP)
     up, down = corner_signs(tile, P, N, SP, PRECISION)
@@ -66,14 +60,13 @@ def accumulate_kernel(
         v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
         phi = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
         phi = tl.where(inside[:, None], phi, 0.0)
-        if KEEP:
-            store_features(features, t, t + tl.arange(0, C) < end, operand(phi, PRECISION), C, SP, SW)
         if HAS_DECAY:
-            whole, part, since, left, kept, total_log = block_decay(log_decay, gt, t, end, C, PRECISION)
-            phi *= left[:, None]
+            whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
+            phi *= tl.exp((all_whole - whole) + (all_part - part))[:, None]
+            kept = tl.exp(all_whole + all_part)
             value_sum *= kept
             mass *= kept
-            total += total_log.to(tl.float64)
+            total += all_whole.to(tl.float64) + all_part.to(tl.float64)
         phi = operand(phi, PRECISION)
         value_sum = add_dot(value_sum, tl.trans(operand(v, PRECISION)), phi, PRECISION)
         mass += tl.sum(phi.to(tl.float32), 0)  # of the rounded weights: mass and value_sum stay consistent

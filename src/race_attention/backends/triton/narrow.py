@@ -1,0 +1,288 @@
+"""What the causal kernels of one tile share: soft buckets in few dependent steps, rows and states of a run.
+
+A program waits for each product before it goes on, so that what counts is how many products follow each other. Parts
+that add up are therefore put side by side and go through one product: the high and low halves of hyperplanes, the
+logarithms of both sides of a plane, the halves of a sum. Shape letters are those of
+:mod:`race_attention.backends.triton.device`; besides them SW, the buckets of a stored row, and N at least 8.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import (
+    FLOOR,
+    LOG2_E,
+    add_dot,
+    bfloat16_of,
+    float16_of,
+    inverse_of,
+    load_decay,
+    log2_of,
+    sides,
+    whole_rows,
+)
+
+# ------------------------------------------------------------------------------------------- rows of a run
+
+
+@triton.jit
+def rows_at(base, stride, t, here, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALIGNED: tl.constexpr):
+    """[C, DP] elements of the tokens from the run's t-th on; zeros where not ``here`` [C], and past D."""
+    c = tl.arange(0, C)
+    d = tl.arange(0, DP)
+    step = whole_rows(stride.to(tl.int32), ALIGNED)
+    pointer = (base + t * whole_rows(stride, ALIGNED)) + ((c * step)[:, None] + d[None, :])
+    mask = here[:, None]
+    if DP != D:
+        mask = mask & (d < D)[None, :]
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def features_at(base, t, here, C: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr):
+    """phi [C, SP] of the tokens from the run's t-th on, from rows SW apart; zero where not ``here`` [C]."""
+    s = tl.arange(0, SP)
+    mask = here[:, None]
+    if SP != SW:
+        mask = mask & (s < SW)[None, :]
+    return tl.load((base + t * SW) + (tl.arange(0, C)[:, None] * SW + s[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_features(base, t, here, phi, C: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr):
+    s = tl.arange(0, SP)
+    mask = here[:, None]
+    if SP != SW:
+        mask = mask & (s < SW)[None, :]
+    tl.store((base + t * SW) + (tl.arange(0, C)[:, None] * SW + s[None, :]), phi, mask=mask)
+
+
+# ----------------------------------------------------------------------------------------------- the state
+
+
+@triton.jit
+def load_sums(
+    base, first: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, TALL: tl.constexpr
+):
+    """Columns ``first`` and on of the value sums of a state, [SP, VP], or [VP, SP] where not TALL.
+
+    A warp-group product has 64 rows: the buckets go down where there are so many, and Dv where not.
+    """
+    s = tl.arange(0, SP)
+    v = first + tl.arange(0, VP)
+    if TALL:
+        return tl.load(base + s[:, None] * V + v[None, :], mask=(s < S)[:, None] & (v < V)[None, :], other=0.0)
+    else:
+        return tl.load(base + s[None, :] * V + v[:, None], mask=(s < S)[None, :] & (v < V)[:, None], other=0.0)
+
+
+@triton.jit
+def load_mass(base, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr):
+    s = tl.arange(0, SP)
+    return tl.load(base + S * V + s, mask=s < S, other=0.0)
+
+
+@triton.jit
+def store_sums(base, sums, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, TALL: tl.constexpr):
+    s = tl.arange(0, SP)
+    v = tl.arange(0, VP)
+    if TALL:
+        tl.store(base + s[:, None] * V + v[None, :], sums, mask=(s < S)[:, None] & (v < V)[None, :])
+    else:
+        tl.store(base + s[None, :] * V + v[:, None], sums, mask=(s < S)[None, :] & (v < V)[:, None])
+
+
+@triton.jit
+def store_mass(base, mass, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr):
+    s = tl.arange(0, SP)
+    tl.store(base + S * V + s, mass, mask=s < S)
+
+
+@triton.jit
+def by_bucket(sums, TALL: tl.constexpr):
+    """Value sums as [SP, VP]."""
+    return sums if TALL else tl.trans(sums)
+
+
+@triton.jit
+def by_value(sums, TALL: tl.constexpr):
+    """Value sums as [VP, SP]."""
+    return tl.trans(sums) if TALL else sums
+
+
+@triton.jit
+def taken_up(sums, rows, weights, TALL: tl.constexpr, PRECISION: tl.constexpr):
+    """Value sums and the tokens' rows [C, VP] with their weights [C, SP] added."""
+    if TALL:
+        return add_dot(sums, tl.trans(weights), rows, PRECISION)
+    else:
+        return add_dot(sums, tl.trans(rows), weights, PRECISION)
+
+
+# --------------------------------------------------------------------------------------------- soft buckets
+
+
+@triton.jit
+def load_hash(
+    planes, head, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A head's hyperplanes in two parts of bfloat16, the high ones and below them the low ones, [2N, DP].
+
+    In float32 as they are, and below them zeros.
+    """
+    d = tl.arange(0, DP)
+    row = tl.arange(0, 2 * N)
+    n = row % N
+    pointer = planes + (head.to(tl.int64) * (L * P) + n)[:, None] * D + d[None, :]
+    w = tl.load(pointer, mask=(n < L * P)[:, None] & (d < D)[None, :], other=0.0)
+    if PRECISION == "ieee":
+        return tl.where((row < N)[:, None], w, 0.0)
+    else:
+        high = w.to(tl.bfloat16)
+        return tl.where((row < N)[:, None], high, (w - high.to(tl.float32)).to(tl.bfloat16))
+
+
+@triton.jit
+def load_corners(P: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
+    """Which planes are on the +1 side of which buckets, and below them which on the -1 side: 0 or 1, [2N, SP]."""
+    row = tl.arange(0, 2 * N)[:, None]
+    s = tl.arange(0, SP)[None, :]
+    n = row % N
+    chosen = (n // P == (s >> P)) & ((((s >> (n % P)) & 1) == 1) == (row < N))
+    corners = tl.where(chosen, 1.0, 0.0)
+    return corners if PRECISION == "ieee" else corners.to(tl.float16)
+
+
+@triton.jit
+def load_sides(P: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
+    """The same the other way, twice over for the two parts of what is summed, [2SP, 2N]."""
+    column = tl.arange(0, 2 * N)[None, :]
+    s = tl.arange(0, 2 * SP)[:, None] % SP
+    n = column % N
+    chosen = (n // P == (s >> P)) & ((((s >> (n % P)) & 1) == 1) == (column < N))
+    choice = tl.where(chosen, 1.0, 0.0)
+    return choice if PRECISION == "ieee" else choice.to(tl.bfloat16)
+
+
+@triton.jit
+def beside(a, b, C: tl.constexpr, N: tl.constexpr):
+    """[C, 2N] of two [C, N]: no element leaves its thread."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [C, 2 * N])
+
+
+@triton.jit
+def hashed(x, hashes, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """x [C, DP] by the hyperplanes, [C, N], to float32's accuracy."""
+    if PRECISION == "ieee":
+        both = tl.dot(x.to(tl.float32), tl.trans(hashes), input_precision="ieee")
+    else:
+        coarse = x.to(tl.bfloat16)
+        both = tl.dot(coarse, tl.trans(hashes))
+        if x.dtype != tl.bfloat16:  # float16 has three bits more
+            both = tl.dot((x.to(tl.float32) - coarse.to(tl.float32)).to(tl.bfloat16), tl.trans(hashes), both)
+    return tl.sum(tl.reshape(both, [C, 2, N]), 1)
+
+
+@triton.jit
+def buckets_of(
+    y, beta, corners, C: tl.constexpr, N: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, LIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """phi [C, SP] times 2**(LIFT * P), float32, as :func:`~.device.buckets`."""
+    r, rest, odds = sides(y, beta)
+    base = LIFT - log2_of(1.0 + odds)
+    log_up = log2_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR)) + base
+    log_down = log2_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR) + base
+    logs = beside(log_up, log_down, C, N)
+    if PRECISION == "ieee":
+        logit = tl.dot(logs, corners, input_precision="ieee")
+    else:
+        logit = tl.dot(float16_of(logs), corners)
+    if S % SP != 0:
+        # A sum and not a mask, whose predicates would be kept through the loop.
+        logit += (tl.minimum(S - 1 - tl.arange(0, SP), 0) * 1024).to(tl.float32)[None, :]
+    return tl.exp2(logit)
+
+
+@triton.jit
+def hash_gradients(
+    dphi_phi, y, beta, choice, C: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """From dphi * phi [C, SP]: the gradient of the projections, and of beta by token and plane, [C, N] twice.
+
+    As :func:`~.device.bucket_gradients`.
+    """
+    high = dphi_phi
+    if PRECISION != "ieee":
+        high = bfloat16_of(dphi_phi)
+    low = dphi_phi - high.to(tl.float32)
+    if PRECISION == "ieee":
+        both = tl.dot(beside(high, low, C, SP), choice, input_precision="ieee")
+    else:
+        both = tl.dot(beside(high, bfloat16_of(low), C, SP), choice)
+    of_up, of_down = tl.split(tl.permute(tl.reshape(both, [C, 2, N]), (0, 2, 1)))
+    r, rest, odds = sides(y, beta)
+    bell = odds * inverse_of(1.0 + odds) * (1.0 - FLOOR)
+    rise = bell * inverse_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR))
+    fall = bell * inverse_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR)
+    dz = of_up * rise - of_down * fall
+    return dz * ((8.0 * beta) * (r * rest)), dz * (2.0 * (rest - r))
+
+
+@triton.jit
+def unhashed(grad_y, hashes, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient of x [C, DP] in :func:`hashed`."""
+    if PRECISION == "ieee":
+        return tl.dot(beside(grad_y, grad_y, C, N), hashes, input_precision="ieee")
+    else:
+        grad = bfloat16_of(grad_y)
+        return tl.dot(beside(grad, grad, C, N), hashes)
+
+
+@triton.jit
+def store_hash_gradient(base, part, x, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """Writes x [DP, N] as part number ``part`` of the sums for the hyperplanes' gradient, [parts, ROWS, D] float32."""
+    n = tl.arange(0, N)
+    d = tl.arange(0, DP)
+    row = part * ROWS + n
+    tl.store(base + row[None, :] * D + d[:, None], x, mask=(d < D)[:, None] & (n >= 0)[None, :])
+
+
+# ----------------------------------------------------------------------------------------- decay in a block
+
+
+@triton.jit
+def block_decay(base, stride, start, end, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(whole, part, since, left, kept, total) of a block.
+
+    Running sums of log_decay as :func:`fading` takes them; what the state before the block keeps at each token [C];
+    what each token keeps at the end [C]; what the state keeps in all, and that one's logarithm.
+
+    In bfloat16 one plain sum does: a token that forgets more than a float32 can tell counts as 88, so that sums stay
+    below 2**13 and their differences good to 2**-10 at the very worst.
+    """
+    if PRECISION == "bf16":
+        c = tl.arange(0, C)
+        x = tl.load(base + (start + c) * stride, mask=start + c < end, other=0.0).to(tl.float32)
+        x = tl.maximum(x, -88.0)
+        whole = tl.cumsum(x, 0)
+        total = tl.sum(x, 0)
+        return whole * LOG2_E, whole, tl.exp(whole), tl.exp(total - whole), tl.exp(total), total
+    else:
+        whole, part, all_whole, all_part = load_decay(base, stride, start, end, C)
+        left = tl.exp((all_whole - whole) + (all_part - part))
+        return whole, part, tl.exp(whole + part), left, tl.exp(all_whole + all_part), all_whole + all_part
+
+
+@triton.jit
+def fading(whole, part, past, KEYS_DOWN: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, C] what is left of a key at a query, and 0 where the key is not past. Queries down, or KEYS_DOWN."""
+    age = whole[None, :] - whole[:, None] if KEYS_DOWN else whole[:, None] - whole[None, :]
+    if PRECISION == "bf16":
+        return tl.exp2(tl.where(past, age, -1000.0))
+    else:
+        age += part[None, :] - part[:, None] if KEYS_DOWN else part[:, None] - part[None, :]
+        return tl.exp(tl.where(past, age, -1000.0))
