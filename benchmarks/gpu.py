@@ -25,27 +25,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_parts import CONFIGURATIONS, PARTS, WIDE, bandwidth, freed
-from benchmarks.gpu_peers import DIM, HEADS, Race
+from benchmarks.gpu_parts import PARTS, bandwidth, compiled, freed, jobs_of
+from benchmarks.gpu_peers import DIM, HEADS
 from benchmarks.gpu_plot import plot
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def _compile(job: tuple[Any, ...]) -> None:
-    """In a process of its own: fills Triton's cache on disk."""
-    planes, tables, causal, backward, decay = job
-    Race(planes, tables, 4096, causal, backward, decay=decay)()
-    torch.cuda.synchronize()
-
-
 def compile_all(only: list[str]) -> None:
-    pairs = (CONFIGURATIONS if set(only) - {"wide", "decode"} else ()) + (WIDE if "wide" in only else ())
-    jobs = [(*pair, causal, True, False) for pair in pairs for causal in (True, False)]
-    jobs += [(*pair, True, True, True) for pair in pairs if pair not in WIDE]
+    """In processes of their own: fills Triton's cache on disk."""
+    jobs = jobs_of(only)
     if jobs:
         with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
-            pool.map(_compile, jobs, chunksize=1)
+            pool.map(compiled, jobs, chunksize=1)
 
 
 def _said(*command: str) -> str | None:
@@ -91,13 +83,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=sorted(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--commit", default=None, help="where the checkout's own history is not at hand")
+    parser.add_argument("--compile", choices=("first", "only", "no"), default="first", help="fill Triton's cache")
     parser.add_argument("--plot", type=Path, default=None)
     given = parser.parse_args()
     if given.plot:
         plot(given.plot)
         return
     torch.manual_seed(0)
-    compile_all(given.only)
+    if given.compile != "no":
+        compile_all(given.only)
+    if given.compile == "only":
+        return
     machine, speed = context(given.commit), bandwidth()
     freed()
     rows: list[dict[str, Any]] = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu_peers import DIM, EXACT, HEADS, Exact, Linear, Race, Step, has_linear
 from race_attention.backends.triton.decode import decode_
@@ -16,6 +16,7 @@ from race_attention.backends.triton.decode import decode_
 MILLION = 1 << 20
 CONFIGURATIONS = ((2, 2), (3, 3), (4, 4))  # (P, L)
 WIDE = ((6, 2), (8, 1))
+STATES = (torch.float64, torch.float32)
 Report = Callable[..., None]
 
 
@@ -90,18 +91,18 @@ def wide(report: Report) -> None:
 
 
 def linear(report: Report) -> None:
-    """Beside flash-linear-attention of as many features as there are buckets, forward, and with its backward pass."""
+    """Beside flash-linear-attention of as many features as (4,4) has buckets, forward, and with its backward pass."""
+    planes, tables = CONFIGURATIONS[-1]
     for tokens in (1 << 16, MILLION):
-        for planes, tables in CONFIGURATIONS[::-1]:
-            shape: dict[str, Any] = {"P": planes, "L": tables, "tokens": tokens, "causal": True}
-            for backward in (False, True):
-                for decay in (False, True):
-                    ms = measure(Race(planes, tables, tokens, True, backward, decay=decay))
-                    report("linear", **shape, backward=backward, decay=decay, ms=ms)
-                for kind in Linear.KINDS if has_linear() else ():
-                    freed()
-                    _peer(report, "linear", kind, shape | {"backward": backward},
-                          lambda k=kind, b=backward, n=tokens, s=tables << planes: Linear(k, s, n, b))  # fmt: skip
+        for backward in (False, True):
+            row: dict[str, Any] = {"tokens": tokens, "causal": True, "backward": backward}
+            for decay in (False, True):
+                freed()
+                ms = measure(Race(planes, tables, tokens, True, backward, decay=decay))
+                report("linear", P=planes, L=tables, **row, decay=decay, ms=ms)
+            for kind in Linear.KINDS if has_linear() else ():
+                freed()
+                _peer(report, "linear", kind, row, partial(Linear, kind, tables << planes, tokens, backward))
 
 
 def _peer(report: Report, part: str, name: str, row: dict[str, Any], make: Callable[[], Step]) -> None:
@@ -158,7 +159,7 @@ def resident(report: Report) -> None:
         row: dict[str, Any] = {"P": planes, "L": tables, "causal": True, "backward": True}
         found = _resident(planes, tables, 12_000_000)
         report("resident", **row, tokens=12_000_000, ms=found and found[0], peak_gib=found and found[1])
-        if found is None:
+        if found is None or (planes, tables) != CONFIGURATIONS[0]:
             continue
         for share in (0.98, 0.95, 0.92):
             tokens = int(12 * share * whole / found[1] * 10) * 100_000
@@ -169,21 +170,21 @@ def resident(report: Report) -> None:
     freed()
 
 
+def _token(batch: int, planes: int, tables: int, dtype: torch.dtype) -> Step:
+    q, k, v = (torch.randn(batch, HEADS, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    hyperplanes = torch.randn(HEADS, tables, planes, DIM, device="cuda") * DIM**-0.5
+    beta = torch.full((HEADS,), 4.0, device="cuda")
+    mass = torch.ones(batch, HEADS, tables, 1 << planes, dtype=dtype, device="cuda")
+    value_sum = torch.zeros(*mass.shape, DIM, dtype=dtype, device="cuda")
+    return partial(decode_, q, k, v, hyperplanes, beta, None, mass, value_sum)
+
+
 def decode(report: Report) -> None:
-    """One token, one layer, captured."""
+    """One token, one layer, in place, captured."""
     for batch in (1, 64):
         for planes, tables in (*CONFIGURATIONS, *WIDE):
-            q, k, v = (torch.randn(batch, HEADS, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-            hyperplanes = torch.randn(HEADS, tables, planes, DIM, device="cuda") * DIM**-0.5
-            beta = torch.full((HEADS,), 4.0, device="cuda")
-            for dtype in (torch.float64, torch.float32):
-                mass = torch.ones(batch, HEADS, tables, 1 << planes, dtype=dtype, device="cuda")
-                value_sum = torch.zeros(*mass.shape, DIM, dtype=dtype, device="cuda")
-
-                def step(given: Any = (q, k, v, hyperplanes, beta, None, mass, value_sum)) -> Tensor:
-                    return decode_(*given)
-
-                ms = graphed(step)
+            for dtype in STATES:
+                ms = graphed(_token(batch, planes, tables, dtype))
                 report("decode", P=planes, L=tables, batch=batch, state=str(dtype).removeprefix("torch."), ms=ms)
 
 
@@ -199,10 +200,30 @@ def repeats(report: Report) -> None:
 
 PARTS: dict[str, Callable[[Report], None]] = {
     "table": table,
-    "decode": decode,
-    "repeats": repeats,
-    "resident": resident,
-    "lengths": lengths,
     "wide": wide,
+    "decode": decode,
+    "resident": resident,
+    "repeats": repeats,
     "linear": linear,
+    "lengths": lengths,
 }
+
+
+def compiled(job: tuple[Any, ...]) -> None:
+    """Calls what a job names once: a call of Race, or one token."""
+    kind, *arguments = job
+    (Race(*arguments) if kind == "race" else _token(*arguments))()
+    torch.cuda.synchronize()
+
+
+def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
+    """What to compile before the parts are timed."""
+    jobs: list[tuple[Any, ...]] = []
+    for pair in CONFIGURATIONS if set(only) - {"wide", "decode"} else ():
+        jobs += [("race", *pair, 4096, causal, True) for causal in (True, False)]
+        jobs.append(("race", *pair, 4096, True, True, HEADS, True))
+    if "wide" in only:
+        jobs += [("race", *pair, 4096, causal, True) for pair in WIDE for causal in (True, False)]
+    if "decode" in only:
+        jobs += [("token", 1, *pair, dtype) for pair in (*CONFIGURATIONS, *WIDE) for dtype in STATES]
+    return jobs
