@@ -48,9 +48,11 @@ def decode_kernel(
     G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr,
     VP: tl.constexpr, VT: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
-    HAS_DECAY: tl.constexpr,
+    HAS_DECAY: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Programs: B * G, parts of Dv. A part's state goes through registers once where its buckets fit one tile.
+    """Programs: B * G, parts of Dv. A state goes through registers once where its buckets fit one tile or with ONCE.
+
+    ONCE: one query head to a key head, one part to a program; what a tile gives is then added up on the way.
 
     The masses are the same for all parts, and each writes them; so only a single one may work in place.
     """
@@ -71,6 +73,10 @@ def decode_kernel(
     query += row * qb + group * SHARE * qh
     out += (row * G + group) * SHARE * V
     first, step = tl.program_id(1) * VT, tl.num_programs(1) * VT
+    numerator = tl.zeros([VT], tl.float64)
+    denominator = tl.zeros([], tl.float64)
+    if ONCE:
+        q = tl.load(query + d, mask=d < D, other=0.0).to(tl.float32)
     for tile in range(NS):
         s = tile * SP + tl.arange(0, SP)
         phi = _buckets(k, planes, group, tile, b, S, L, P, D, DP, N, SP)
@@ -83,13 +89,20 @@ def decode_kernel(
             at = s[:, None] * V + v[None, :]
             sums = tl.load(value_sum + at, mask=here, other=0.0).to(tl.float64) * kept + phi[:, None] * x[None, :]
             tl.store(new_value_sum + at, sums.to(new_value_sum.dtype.element_ty), mask=here)
-            if NS == 1:
+            if ONCE:
+                phi_q = _buckets(q, planes, group, tile, b, S, L, P, D, DP, N, SP)
+                numerator += tl.sum(phi_q[:, None] * sums, 0)
+                denominator += tl.sum(phi_q * masses, 0)
+            elif NS == 1:
                 for share in range(SHARE):
                     q = tl.load(query + share * qh + d, mask=d < D, other=0.0).to(tl.float32)
                     phi_q = _buckets(q, planes, group, 0, b, S, L, P, D, DP, N, SP)
                     result = tl.sum(phi_q[:, None] * sums, 0) / tl.sum(phi_q * masses, 0)
                     tl.store(out + share * V + v, result.to(out.dtype.element_ty), mask=v < V)
-    if NS > 1:
+    if ONCE:
+        v = first + tl.arange(0, VT)
+        tl.store(out + v, (numerator / denominator).to(out.dtype.element_ty), mask=v < V)
+    elif NS > 1:
         tl.debug_barrier()  # what was just written is read by other threads of the program
         for share in range(SHARE):
             q = tl.load(query + share * qh + d, mask=d < D, other=0.0).to(tl.float32)
@@ -178,6 +191,7 @@ def _launch(
         *((0, 0) if log_decay is None else log_decay.stride()), groups,
         SHARE=heads // groups, L=tables, P=planes, D=dim, V=value_dim, DP=power_of_two(dim, 16), VP=padded,
         VT=width, N=power_of_two(max(1, min(tables, tile >> planes)) * planes, 16), SP=tile,
-        NS=-(-(tables << planes) // tile), HAS_DECAY=log_decay is not None, num_warps=8 if new is state else 4,
+        NS=-(-(tables << planes) // tile), HAS_DECAY=log_decay is not None,
+        ONCE=heads == groups and (new is not state or width == padded), num_warps=8 if new is state else 4,
     )  # fmt: skip
     return out
