@@ -167,7 +167,7 @@ def _gradients(inputs: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, .
 
 
 def run_length(buckets: int) -> int:
-    """Tokens between the states that the forward keeps for the backward: a sixteenth of the keys' memory at most.
+    """Tokens between the states that the forward keeps for the backward: an eighth of the keys' memory at most.
 
     Shorter for few buckets, so that a run of the backward stays in the cache; at most 2048, so that sums of equal
     tokens in float32 keep 1e-5.
