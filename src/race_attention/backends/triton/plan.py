@@ -106,13 +106,13 @@ def shape_class(dim: int, value_dim: int, tables: int, planes: int, dtype: torch
 def run_lengths(shape: Shape, causal: bool = True) -> tuple[int, int]:
     """The shortest and the longest runs. Where buckets fill several tiles both are one block.
 
-    States of runs are large where there are many buckets; where they are not kept, runs are then twice as long.
+    A scan over many states waits for itself: where it is causal or the states are large, runs are twice as long.
     """
     blocks = {kernel: shape.config(kernel).block for kernel in configs.KERNELS}
     if not shape.narrow:
         return min(blocks.values()), min(blocks.values())
     shortest = max(block for kernel, block in blocks.items() if kernel.startswith("full") != causal)
-    return shortest, configs.LONGEST_RUN if causal or shape.tile < 64 else 2 * configs.LONGEST_RUN
+    return shortest, 2 * configs.LONGEST_RUN if causal or shape.tile == 64 else configs.LONGEST_RUN
 
 
 @functools.lru_cache(maxsize=1024)
