@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plots", type=Path, help="folder for a plot of each table, score against time")
     parser.add_argument("--format", default="png", help="of the plots: png, svg...")
     given = parser.parse_args(arguments)
-    names = given.table or sorted(path.name for path in given.results.glob("*") if path.is_dir())
+    names = given.table or sorted({path.parents[1].name for path in given.results.glob("*/*/seed-*.json")})
     try:
         check(bool(names), "--results", str(given.results), "a folder with results of experiments.run")
         for name in names:
