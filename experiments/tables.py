@@ -231,13 +231,12 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         axis.errorbar(x, row.mean * scale, yerr=spread, fmt="o", capsize=2)
         axis.annotate(row.name, (x, row.mean * scale), xytext=(5, 4), textcoords="offset points", fontsize=8)
     if points:
-        unit = "%" if scale == 100 else "bits a byte"
         axis.set(
             title=title,
             xlabel="ms a step, alone on the device" if timed else "seconds a run, on a shared device",
-            ylabel=f"{points[0].split} {points[0].metric}, {unit}",
-            xscale="log",
+            ylabel=f"{points[0].split} accuracy, %" if scale == 100 else f"{points[0].split}, bits a byte",
         )
+        axis.margins(x=0.2)
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
