@@ -127,8 +127,8 @@ class RaceAttention(nn.Module):
 
         The paper's bare layer is well behind softmax on byte-level text; with these options it is ahead of softmax
         with rotary positions (the documentation's page on accuracy has the numbers, also of what beats it). They are
-        ``causal=True``, ``conv_size=4``,
-        ``decay="per_token"``, ``norm_gate=True`` and ``learn_hyperplanes=True`` with a draw for each key head.
+        ``causal=True``, ``conv_size=4``, ``decay="per_token"``, ``norm_gate=True`` and ``learn_hyperplanes=True`` with
+        a draw for each key head.
         Positions need no encoding: convolution and decay tell order.
 
         Args:
