@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_equivalence [--output FILE] [--commit ABC] [--workers 14]
 
-Writes a result file. Cases, routes and error budgets are those of tests/helpers.py, with shapes of several bucket tiles and large heads
-besides. Rows say the largest relative error (norm) of output and states, and of all gradients. Exit status 1 where
+Writes a result file. Cases, routes and error budgets are those of tests/helpers.py, with shapes of several bucket
+tiles and large heads besides. Rows say the largest relative error (norm) of output and states, and of all gradients. Exit status 1 where
 one is out of its budget.
 """
 
@@ -101,13 +101,18 @@ def evaluated(job: tuple[str, torch.dtype, bool]) -> list[dict[str, Any]]:
         right = evaluate(whole, in_double(inputs), backend="reference")
     rows = []
     for name, route in routes_of(case, options) if others else [("whole", whole)]:
-        found = evaluate(route, inputs, backend="triton")
+        row = {"part": str(dtype).removeprefix("torch."), "case": case, "route": name}
         worst = {"forward": 0.0, "backward": 0.0}
+        try:
+            found = evaluate(route, inputs, backend="triton")
+        except Exception as error:  # a row like any other, and out of its budget
+            rows.append({**row, "error": f"{type(error).__name__}: {error}"[:200], "within": False})
+            continue
         for what, value in right.items():
             direction = "backward" if what.startswith("gradient") else "forward"
             worst[direction] = max(worst[direction], relative_error(found[what].cpu(), value.cpu()))
         within = all(error <= BUDGETS[dtype][direction] for direction, error in worst.items())
-        rows.append({"part": str(dtype).removeprefix("torch."), "case": case, "route": name, **worst, "within": within})
+        rows.append({**row, **worst, "within": within})
     return rows
 
 
