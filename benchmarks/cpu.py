@@ -20,7 +20,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +181,8 @@ def table(tokens: int, rate: float, seconds: float, peers: bool, wanted: str) ->
     return rows
 
 
-def crossover(seconds: float) -> list[dict[str, Any]]:
+def crossover(seconds: float) -> Iterator[dict[str, Any]]:
     """Against torch's exact attention, where a short sequence is the other's ground."""
-    rows = []
     for tokens in (64, 128, 256, 512, 1024, 2048):
         for backward in (False, True):
             exact = timed(softmax_attention, tokens, HEADS, torch.float32, backward, seconds)
@@ -194,26 +193,23 @@ def crossover(seconds: float) -> list[dict[str, Any]]:
             row = {"tokens": tokens, "pass": PASSES[backward], "softmax ms": exact["median"] * 1e3}
             row |= {f"{name} ms": times["median"] * 1e3 for name, times in ours.items()}
             row |= {f"{name} times faster": exact["median"] / times["median"] for name, times in ours.items()}
-            rows.append(row)
             print({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()})
-    return rows
+            yield row
 
 
-def lengths(longest: int, rate: float, seconds: float) -> list[dict[str, Any]]:
+def lengths(longest: int, rate: float, seconds: float) -> Iterator[dict[str, Any]]:
     """Time against length, bfloat16, one head, so that the longest fits in 16 GB."""
-    rows = []
     for tokens in (n for n in LENGTHS if n <= longest):
         for backward in (False, True):
-            row = {"tokens": tokens, "pass": PASSES[backward]}
+            row: dict[str, Any] = {"tokens": tokens, "pass": PASSES[backward]}
             row["floor ms"] = floor(tokens, 1, torch.bfloat16, backward, rate) * 1e3
             for planes, tables in CONFIGURATIONS:
                 attention = race("cpu", planes, tables, 1, True)
                 times = timed(attention, tokens, 1, torch.bfloat16, backward, seconds)
                 row[f"({planes},{tables}) ms"] = times["median"] * 1e3
                 row[f"({planes},{tables}) ns a token"] = times["median"] / tokens * 1e9
-            rows.append(row)
             print({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()})
-    return rows
+            yield row
 
 
 def plot(path: Path) -> Path:
@@ -248,7 +244,7 @@ def plot(path: Path) -> Path:
 
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(row.get(key) == other.get(key) for key in ("name", "dtype", "pass", "causal", "P", "L"))
+    return all(row.get(key) == other.get(key) for key in ("name", "dtype", "pass", "causal", "P", "L", "tokens"))
 
 
 def main() -> None:
@@ -268,7 +264,7 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    parts: dict[str, tuple[str, Callable[[float], list[dict[str, Any]]]]] = {
+    parts: dict[str, tuple[str, Callable[[float], Iterable[dict[str, Any]]]]] = {
         "table": (
             f"CPU, T = {options.tokens}",
             lambda rate: table(options.tokens, rate, options.seconds, not options.without_peers, options.rows),
@@ -286,13 +282,15 @@ def main() -> None:
         title, run = parts[name]
         about = machine()
         print(about)
-        rows = run(about["copy GB/s"] * 1e9)
         path = options.into / f"cpu-{about['instruction set']}-{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if options.rows and path.exists():  # the rows measured now take the place of their like
-            kept = json.loads(path.read_text(encoding="utf-8"))["rows"]
-            rows = [row for row in kept if not any(_same(row, new) for new in rows)] + rows
-        path.write_text(json.dumps({"title": title, "context": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        rows: list[dict[str, Any]] = []
+        if options.rows and path.exists():
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        for row in run(about["copy GB/s"] * 1e9):  # written as it grows; a row takes the place of its like
+            rows = [*(other for other in rows if not _same(row, other)), row]
+            result = {"title": title, "context": about, "rows": rows}
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"written to {path}")
 
 
