@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_equivalence [--output FILE] [--commit ABC] [--workers 14]
 
 Writes a result file. Cases, routes and error budgets are those of tests/helpers.py, with shapes of several bucket
-tiles and large heads besides. Rows say the largest relative error (norm) of output and states, and of all gradients. Exit status 1 where
-one is out of its budget.
+tiles and large heads besides. Rows say the largest relative error (norm) of output and states, and of all
+gradients. Exit status 1 where one is out of its budget.
 """
 
 from __future__ import annotations
