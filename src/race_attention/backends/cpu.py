@@ -48,9 +48,7 @@ def why_not(call: Call) -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "amx" (for bfloat16; AVX-512 for the others), "avx512", "avx2" or "baseline".
-
-    RACE_ATTENTION_CPU_ISA names another.
+    """The instruction set in use: "avx512", "avx2" or "baseline"; RACE_ATTENTION_CPU_ISA names another, also "amx".
 
     Raises:
         OSError: the library was not built.

@@ -28,7 +28,6 @@ constexpr double kForwardCost = 1.5, kBackwardCost = 1.25;
 // Heads passed over together: at most so many, so many bytes of a token's row, so many of their states.
 constexpr i64 kMostLanes = 4, kMostRow = 2048, kMostStates = i64(5) << 15;
 constexpr double kUneven = 1.05;
-constexpr i64 kAvx512 = 2;  // as isa.cpp counts
 
 struct Range {
   i64 begin, end, size;  // pieces, tokens
@@ -36,22 +35,14 @@ struct Range {
 
 // Asks for large pages behind a large result that nobody has touched yet: with pages of 4 KiB the system spends longer
 // on handing out the memory than the kernels on filling it. Whoever does not listen loses nothing.
-// Returns whether it is such memory. The system clears a page when it hands it out, which leaves it in the caches:
-// written around them it takes twice as long there (Sapphire Rapids, 134 MB on two cores: 19 ms, not 10), and memory
-// used before half as long. On Zen 3 either kind is better written around them, by an eighth of a backward.
-bool ask_for_large_pages(const Tokens& x, i64 tokens, i64 heads, i64 size, i64 bytes) {
+void ask_for_large_pages(const Tokens& x, i64 tokens, i64 heads, i64 size, i64 bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = std::uintptr_t(1) << 21;
   const auto begin = (reinterpret_cast<std::uintptr_t>(x.data) + page - 1) / page * page;
   const auto end = (reinterpret_cast<std::uintptr_t>(x.data) + static_cast<std::uintptr_t>(tokens * heads * size * bytes)) / page * page;
-  if (!x.data || end <= begin) return false;
-  unsigned char present = 1;
-  const bool known = mincore(reinterpret_cast<void*>((begin + end) / 2 / 4096 * 4096), 4096, &present) == 0;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  return known && (present & 1) == 0;
+  if (x.data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)x, (void)tokens, (void)heads, (void)size, (void)bytes;
-  return false;
 #endif
 }
 
@@ -217,11 +208,10 @@ class Call {
     choose_lanes(bytes, cost);
     team.reset(new Team(a, kernels.scratch_bytes(p), seconds));
     p.stop = team->stop();
-    bool fresh = ask_for_large_pages(a.out, a.batch * a.tq, a.heads, a.value_dim, bytes);
-    fresh |= ask_for_large_pages(a.dq, a.batch * a.tq, a.heads, a.dim, bytes);
-    fresh |= ask_for_large_pages(a.dk, a.batch * a.tk, a.groups, a.dim, bytes);
-    fresh |= ask_for_large_pages(a.dv, a.batch * a.tk, a.groups, a.value_dim, bytes);
-    p.past_caches = p.large && !(fresh && a.isa >= kAvx512);
+    ask_for_large_pages(a.out, a.batch * a.tq, a.heads, a.value_dim, bytes);
+    ask_for_large_pages(a.dq, a.batch * a.tq, a.heads, a.dim, bytes);
+    ask_for_large_pages(a.dk, a.batch * a.tk, a.groups, a.dim, bytes);
+    ask_for_large_pages(a.dv, a.batch * a.tk, a.groups, a.value_dim, bytes);
   }
 
   // Key heads that a thread passes over together: several where their tokens lie side by side and their states fit

@@ -86,7 +86,6 @@ struct Problem {
   i64 slots;
   i64 lanes;                  // key heads that one thread passes over together, at most
   i64 large;                  // whether results are too large for the caches
-  i64 past_caches;            // whether to write them around the caches
   const void* packed_planes;  // [G][L * P][padded D]
   void* inverse;              // [B * Tq * H][3]: 1 / denominator, its adjoint, lift; from queries to keys
   double* partial;            // [G][slots][2][L * P * D + 1]: gradients of hyperplanes and of beta

@@ -114,7 +114,7 @@ __attribute__((noinline)) Tile<T> load_tile(const Problem& p, const Tokens& x, i
 // Whether rows may be streamed: many of them, and each begins at a vector.
 RACE_INLINE bool streams(const Problem& p, const Tokens& x, i64 size, i64 bytes) {
   const i64 ends = reinterpret_cast<i64>(x.data) | (x.b * bytes) | (x.t * bytes) | (x.h * bytes) | (size * bytes);
-  return p.past_caches && x.d == 1 && ends % RACE_BYTES == 0;
+  return p.large && x.d == 1 && ends % RACE_BYTES == 0;
 }
 
 // Rows of `tile`, each multiplied by its factor, to tokens t .. t + n - 1.
