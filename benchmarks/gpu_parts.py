@@ -115,30 +115,27 @@ def _peer(report: Report, part: str, name: str, row: dict[str, Any], make: Calla
 
 def lengths(report: Report) -> None:
     """From 1K tokens on, forward and backward, against exact attention and plain torch; short ones also as graphs."""
-    for heads, longest, exact_longest in ((4, 1 << 24, 1 << 16), (64, 1 << 20, 1 << 14)):
-        for power in range(10, 25):
+    for heads, longest, exact_longest in ((4, 20, 16), (64, 16, 14)):
+        for power in range(10, longest + 1):
             tokens = 1 << power
-            if tokens > longest:
-                break
             row: dict[str, Any] = {"heads": heads, "tokens": tokens, "causal": True, "backward": True}
-            for planes, tables in ((2, 2), (4, 4)):
+            steps: list[tuple[dict[str, Any], Callable[[], Step]]] = [
+                ({"P": p, "L": t} | row, partial(Race, p, t, tokens, True, True, heads=heads))
+                for p, t in (CONFIGURATIONS[0], CONFIGURATIONS[-1])
+            ]
+            if power <= exact_longest:
+                steps += [(row | {"peer": name}, partial(Exact, name, tokens, True, True, heads)) for name in EXACT]
+            for own, make in steps:
                 freed()
-                step: Step = Race(planes, tables, tokens, True, True, heads=heads)
-                own = {"P": planes, "L": tables} | row
-                report("lengths", **own, ms=measure(step, 3 if power > 20 else 11))
+                step = make()
+                report("lengths", **own, ms=measure(step))
                 if power < 16:
                     report("lengths", **own, graph=True, ms=graphed(step))
-            if power <= 20 and power % 2 == 0 and heads == 4:
-                step = Race(2, 2, tokens, True, True, heads=heads, backend="reference")
+                del step
+            if heads == 4 and power % 4 == 2:
+                freed()
+                step = Race(2, 2, tokens, True, True, backend="reference")
                 report("lengths", **row, peer="plain torch (2,2)", ms=measure(step, 3, 1))
-            for name in EXACT if tokens <= exact_longest else ():
-                for causal in (True, False):
-                    step = Exact(name, tokens, causal, True, heads)
-                    own = row | {"causal": causal, "peer": name}
-                    report("lengths", **own, ms=measure(step, 7))
-                    if power < 16 and causal:
-                        report("lengths", **own, graph=True, ms=graphed(step))
-                    del step
 
 
 def _resident(planes: int, tables: int, tokens: int) -> tuple[float, float] | None:
@@ -200,12 +197,12 @@ def repeats(report: Report) -> None:
 
 PARTS: dict[str, Callable[[Report], None]] = {
     "table": table,
-    "wide": wide,
+    "lengths": lengths,
     "decode": decode,
     "resident": resident,
+    "wide": wide,
     "repeats": repeats,
     "linear": linear,
-    "lengths": lengths,
 }
 
 
