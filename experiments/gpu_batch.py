@@ -170,7 +170,7 @@ def _run_one(request: dict[str, Any]) -> str:
             results=Path(request["results"]),
             work=Path(request["work"]),
         )
-        result = run.train(request["max_seconds"])
+        result = run.train(request["stop_at"] - time.time())  # making the model took some of it
         return str(result["error"] or result["best"])
     except OutOfTime as error:
         return f"out of time: {error}"
@@ -272,7 +272,7 @@ class Batch:
             "results": str(self.results),
             "work": str(self.work),
             "log": str(self.logs / f"{str(job).replace('/', '-')}.log"),
-            "max_seconds": left,
+            "stop_at": time.time() + left,
         }
 
     def _ended(self, job: Job, seconds: float, said: str) -> None:
