@@ -338,3 +338,35 @@ def test_a_kernel_that_does_not_fit_has_fewer_stages(monkeypatch: pytest.MonkeyP
     fails = True
     with pytest.raises(triton.runtime.errors.OutOfResources):
         start.start(Kernel(), (1,), x, num_stages=2)
+
+
+@pytest.mark.parametrize(
+    ("ptxas", "newer", "given", "wanted"),
+    [
+        ("12.8", "12.9", None, {"TRITON_PTXAS_PATH": "/newer"}),
+        ("12.8", "12.9", "/mine", {"DISABLE_MMA_V3": "1"}),
+        ("12.8", None, None, {"DISABLE_MMA_V3": "1"}),
+        ("13.0", "12.9", None, {}),
+        (None, None, None, {"DISABLE_MMA_V3": "1"}),
+    ],
+)
+def test_hopper_compiles_with_a_ptxas_that_is_right(
+    ptxas: str | None, newer: str | None, given: str | None, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from race_attention.backends.triton import start
+
+    def tool(path: str, version: str | None) -> Any:
+        return None if version is None else SimpleNamespace(path=path, version=version)
+
+    nvidia = SimpleNamespace(ptxas=tool("/old", ptxas), ptxas_blackwell=tool("/newer", newer))
+    monkeypatch.setattr(start, "triton", SimpleNamespace(knobs=SimpleNamespace(nvidia=nvidia)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    if given is not None:
+        monkeypatch.setenv("TRITON_PTXAS_PATH", given)
+    assert start._environment.__wrapped__() == wanted
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert start._environment.__wrapped__() == {}

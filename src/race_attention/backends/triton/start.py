@@ -84,7 +84,8 @@ def _environment() -> dict[str, str]:
     an H200. Its wheel also has 12.9, for newer GPUs, which compiles them rightly, as 13.0 does. Where no such one is
     at hand, the older instructions are used, at about two thirds of the speed.
     """
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+    nvidia = torch.cuda.is_available() and torch.version.hip is None
+    if not nvidia or torch.cuda.get_device_capability()[0] != 9:
         return {}
     tools = getattr(getattr(triton, "knobs", None), "nvidia", None)
     if _repaired(getattr(tools, "ptxas", None)):
