@@ -51,7 +51,8 @@ def context(commit: str | None) -> dict[str, Any]:
     """The machine, the versions, the commit and the date."""
     import triton
 
-    tool = getattr(getattr(getattr(triton, "knobs", None), "nvidia", None), "ptxas", None)
+    from race_attention.backends.triton.start import ptxas_version
+
     try:
         linear: str | None = importlib.metadata.version("fla-core")
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +64,7 @@ def context(commit: str | None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__,
-        "ptxas": getattr(tool, "version", None),
+        "ptxas": ptxas_version(),
         "flash_linear_attention": linear,
         "commit": commit or _said("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -96,6 +96,13 @@ def _environment() -> dict[str, str]:
     return {"DISABLE_MMA_V3": "1"}
 
 
+def ptxas_version() -> str | None:
+    """The version of the ptxas that kernels are compiled with, where Triton knows one."""
+    tools = getattr(getattr(triton, "knobs", None), "nvidia", None)
+    tool = getattr(tools, "ptxas_blackwell" if "TRITON_PTXAS_PATH" in _environment() else "ptxas", None)
+    return getattr(tool, "version", None)
+
+
 def _repaired(tool: Any) -> bool:
     return tool is not None and tuple(int(n) for n in tool.version.split(".")[:2]) >= _REPAIRED
 
