@@ -12,10 +12,13 @@ import triton.language as tl
 
 from .device import (
     add_dot,
+    add_fine_dot,
+    as_given_dot,
     dot,
     fine_dot,
     keys_inside,
     operand,
+    reciprocal,
     run_bounds,
     store_rows,
     whole_rows,
@@ -103,9 +106,9 @@ def query_gradient_kernel(
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         phi_k = features_at(key_features, t, here, C, SP, SW)
         seen = features_at(query_features, t, here, C, SP, SW)
-        v = operand(rows_at(value, vt, t, inside, C, V, VP, ALIGNED), PRECISION)
+        v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
         do = rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED)
-        along = dot(operand(do, PRECISION), tl.trans(v), PRECISION)  # grad_out_i . v_j
+        along = as_given_dot(do, tl.trans(v), PRECISION)  # grad_out_i . v_j
         score = tl.where(past, dot(seen, tl.trans(phi_k), PRECISION), 0.0)
         grad_phi = fine_dot(do, by_value(sums, TALL), PRECISION)
         seen_now = seen
@@ -118,7 +121,11 @@ def query_gradient_kernel(
             seen_now = operand(seen.to(tl.float32) * (since * kept_so_far)[:, None], PRECISION)
             kept_so_far *= kept
         delta = tl.sum(seen.to(tl.float32) * grad_phi, 1)
-        delta += tl.sum(operand(score, PRECISION).to(tl.float32) * along, 1)
+        delta += tl.sum(score * along, 1)
+        total_weight = tl.sum(seen.to(tl.float32) * (mass if TILED else mass[None, :]), 1)
+        if HAS_DECAY:
+            total_weight *= since
+        delta *= reciprocal(total_weight + tl.sum(score, 1))  # 1 but for roundings
         tl.store(deltas + t + c, delta, mask=here)
         of_mass = seen_now.to(tl.float32) * delta[:, None]
         grad_mass -= of_mass if TILED else tl.sum(of_mass, 0)
@@ -130,8 +137,8 @@ def query_gradient_kernel(
             phi_left = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
             sums *= kept
             mass *= kept
-        grad_phi = add_dot(grad_phi - mass_seen, operand(along, PRECISION), phi_k, PRECISION)
-        sums = taken_up(sums, v, phi_left, TALL, PRECISION)
+        grad_phi = add_fine_dot(grad_phi - mass_seen, along, phi_k, v.dtype == tl.float16, PRECISION)
+        sums = taken_up(sums, operand(v, PRECISION), phi_left, TALL, PRECISION)
         if TILED:
             mass = add_dot(mass, ones, phi_left, PRECISION)
         else:
@@ -218,7 +225,7 @@ def key_gradient_kernel(
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         phi_k = features_at(key_features, t, here, C, SP, SW)
         v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
-        do = operand(rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED), PRECISION)
+        do = rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED)
         seen = features_at(query_features, t, here, C, SP, SW)
         delta = tl.load(deltas + t + c, mask=here, other=0.0)
         phi_left = phi_k
@@ -232,21 +239,21 @@ def key_gradient_kernel(
         if HAS_DECAY:
             of_key = tl.sum(grad_phi * phi_left.to(tl.float32), 1)  # phi_k . grad phi_k, of the weights as rounded
             grad_phi *= left[:, None]
-        along = tl.where(past, dot(operand(v, PRECISION), tl.trans(do), PRECISION) - delta[None, :], 0.0)
+        along = tl.where(past, as_given_dot(v, tl.trans(do), PRECISION) - delta[None, :], 0.0)
         if HAS_DECAY:
             along *= weight
             of_key += tl.sum(along * dot(phi_k, tl.trans(seen), PRECISION), 1)
-        grad_phi = add_dot(grad_phi, operand(along, PRECISION), seen, PRECISION)
+        grad_phi = add_fine_dot(grad_phi, along, seen, v.dtype == tl.float16, PRECISION)
         for share in range(1, SHARE):
             rows = grad_out + whole_rows(share * oh, ALIGNED)
-            other = operand(rows_at(rows, ot, t, here, C, V, VP, ALIGNED), PRECISION)
+            other = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
             other_seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
             other_delta = tl.load(deltas + share * T + t + c, mask=here, other=0.0)
-            along = tl.where(past, dot(operand(v, PRECISION), tl.trans(other), PRECISION) - other_delta[None, :], 0.0)
+            along = tl.where(past, as_given_dot(v, tl.trans(other), PRECISION) - other_delta[None, :], 0.0)
             if HAS_DECAY:
                 along *= weight
                 of_key += tl.sum(along * dot(phi_k, tl.trans(other_seen), PRECISION), 1)
-            grad_phi = add_dot(grad_phi, operand(along, PRECISION), other_seen, PRECISION)
+            grad_phi = add_fine_dot(grad_phi, along, other_seen, v.dtype == tl.float16, PRECISION)
         if HAS_DECAY:
             tl.store(grad_decay + (t + c) * G, crossing - tl.cumsum(of_key, 0, reverse=True), mask=here)
             crossing -= tl.sum(of_key, 0)
@@ -262,31 +269,31 @@ def key_gradient_kernel(
         if HAS_DECAY:
             score *= weight
         dv = dot(phi_left, by_bucket(operand(grads, PRECISION), TALL), PRECISION)
-        dv = add_dot(dv, operand(score, PRECISION), do, PRECISION)
+        dv = add_dot(dv, operand(score, PRECISION), operand(do, PRECISION), PRECISION)
         for share in range(1, SHARE):
             rows = grad_out + whole_rows(share * oh, ALIGNED)
-            other = operand(rows_at(rows, ot, t, here, C, V, VP, ALIGNED), PRECISION)
+            other = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
             other_seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
             score = tl.where(past, dot(phi_k, tl.trans(other_seen), PRECISION), 0.0)
             if HAS_DECAY:
                 score *= weight
-            dv = add_dot(dv, operand(score, PRECISION), other, PRECISION)
+            dv = add_dot(dv, operand(score, PRECISION), operand(other, PRECISION), PRECISION)
         store_rows(grad_value, G * V, t, here, dv, C, V, VP)
 
         if HAS_DECAY:
             grads *= kept
             grad_mass *= kept
             seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
-        grads = taken_up(grads, do, seen, TALL, PRECISION)
+        grads = taken_up(grads, operand(do, PRECISION), seen, TALL, PRECISION)
         grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
         for share in range(1, SHARE):
             rows = grad_out + whole_rows(share * oh, ALIGNED)
-            other = operand(rows_at(rows, ot, t, here, C, V, VP, ALIGNED), PRECISION)
+            other = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
             other_seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
             other_delta = tl.load(deltas + share * T + t + c, mask=here, other=0.0)
             if HAS_DECAY:
                 other_seen = operand(other_seen.to(tl.float32) * since[:, None], PRECISION)
-            grads = taken_up(grads, other, other_seen, TALL, PRECISION)
+            grads = taken_up(grads, operand(other, PRECISION), other_seen, TALL, PRECISION)
             grad_mass -= tl.sum(other_seen.to(tl.float32) * other_delta[:, None], 0)
 
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))

@@ -171,12 +171,34 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def as_given_dot(a, b, PRECISION: tl.constexpr):
+    """a by b, of one dtype and as they were given: as operands float16 would lose three bits."""
+    if PRECISION == "bf16":
+        return tl.dot(a, b)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
 def add_dot(total, a, b, PRECISION: tl.constexpr):
     """total + a b, in the registers of the total."""
     if PRECISION == "bf16":
         return tl.dot(a, b, total)
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def add_fine_dot(total, a, b, FINE: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a b, the float32 a in one part of bfloat16, or in two where FINE."""
+    high = operand(a, PRECISION)
+    if PRECISION == "bf16":
+        total = tl.dot(high, b, total)
+        if FINE:
+            total = tl.dot(bfloat16_of(a - high.to(tl.float32)), b, total)
+        return total
+    else:
+        return tl.dot(high, b, total, input_precision=PRECISION)
 
 
 @triton.jit
