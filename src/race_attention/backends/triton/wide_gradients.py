@@ -118,7 +118,7 @@ def value_gradient_kernel(
                             V, CK, VB, ALIGNED)  # fmt: skip
         query_at = (batch * H + head) * T + i
         inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
-        past = (t + c)[:, None] <= i[None, :]
+        past = ((t + c)[:, None] <= i[None, :]) & queries[None, :]  # past the end a decay would grow
         score *= inverse[None, :]
         if HAS_DECAY:
             whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
@@ -282,7 +282,7 @@ def key_buckets_gradient_kernel(
         inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
         along = dot(rows, tl.trans(operand(do, PRECISION)), PRECISION)
         along = (along - delta[None, :]) * inverse[None, :]
-        past = (t + c)[:, None] <= i[None, :]
+        past = ((t + c)[:, None] <= i[None, :]) & queries[None, :]  # past the end a decay would grow
         if HAS_DECAY:
             whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
             along *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
