@@ -12,7 +12,7 @@ from .launch import Problem, pointer_or
 from .start import start
 
 #: Runs and elements of a state that one program of the scan takes at a time.
-SCAN_RUNS, SCAN_ELEMENTS = 32, 64
+SCAN_RUNS, SCAN_ELEMENTS = 64, 32
 
 
 def accumulate(problem: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
