@@ -1,6 +1,7 @@
 """The Triton backend: forward and backward on a GPU, NVIDIA first, nothing vendor-specific.
 
     device.py    what the kernels share: tiles, soft buckets and their gradients, decay inside a block
+    narrow.py    what the causal kernels of one tile share besides
     states.py    the state of each run of tokens, and the scan over them
     causal.py, causal_gradients.py, wide.py, full.py    buckets in one tile, in several, not causal
     decode.py, decode_ops.py     one token, and its operator
