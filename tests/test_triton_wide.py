@@ -53,6 +53,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         feature_gradients=(32, 128, 4, 1),
         accumulate=(32, 64, 32, 4, 1),
         readout=(32, 16, 128, 32, 4, 1),
+        query_sums=(32, 32, 64, 64, 4, 1),
         value_gradient=(16, 32, 64, 32, 4, 1),
         buckets_gradient=(32, 16, 64, 4, 1),
     )

@@ -54,6 +54,8 @@ def backward(
     segments = Segments(p, runs, totals)
     query_parts, key_parts = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
     for segment in segments:
+        if p.log_decay is not None:
+            segment.query_sums(kept, segment.between_keys(parts), deltas)
         grad_phi = segment.query_buckets_gradient(kept, segment.between_keys(parts), deltas)
         segment.feature_gradients(False, grad_phi, dq, query_parts, sums.need_planes)
         segment.between_queries(adjoints, deltas)

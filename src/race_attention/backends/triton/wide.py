@@ -24,6 +24,7 @@ from .device import (
     buckets,
     corner_signs,
     dot,
+    fine_dot,
     keys_inside,
     load_decay,
     load_planes,
@@ -276,17 +277,21 @@ def accumulate_kernel(
 
 @kernel
 def readout_kernel(
-    phi_q, phi_k, value, key_mask, ages, boundaries, table, before, local, local_mass, out, inverses,
-    vb: tl.int64, vt: tl.int64, vh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
+    phi_q, phi_k, value, key_mask, ages, boundaries, table, before, local, local_mass, grad_out, out, inverses, deltas,
+    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
+    mb: tl.int64, mt: tl.int64, mh: tl.int64,
     first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
     BLOCKS: tl.int64,
     SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
     C: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, FEW: tl.constexpr, OF_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """out of a block of queries (programs: runs * blocks * H * column tiles).
 
     ``out`` is contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators.
+
+    OF_GRADIENT, with all columns in one tile: ``deltas`` instead, grad_out . out before out is rounded. The gradient
+    of a decay is a running sum, in which the rounding of out would pile up.
     """
     NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
@@ -316,12 +321,20 @@ def readout_kernel(
 
     numerator = tl.zeros([C, VB], tl.float32)
     denominator = tl.zeros([C], tl.float32)
-    for at in tl.range(0, SW, SB, num_stages=1):
-        q = load_columns(phi_q, H * SW, 0, queries, at, SW, C, SB, True)
-        value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
-                                       at + tl.arange(0, SB), v, S, V)  # fmt: skip
-        numerator = add_dot(numerator, q, operand(value_sum, PRECISION), PRECISION)
-        denominator += tl.sum(q.to(tl.float32) * mass[None, :], 1)
+    if OF_GRADIENT:
+        for at in tl.range(0, SW, FEW, num_stages=1):
+            q = load_columns(phi_q, H * SW, 0, queries, at, SW, C, FEW, True)
+            value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
+                                           at + tl.arange(0, FEW), v, S, V)  # fmt: skip
+            numerator += fine_dot(q, value_sum, PRECISION)
+            denominator += tl.sum(q.to(tl.float32) * mass[None, :], 1)
+    else:
+        for at in tl.range(0, SW, SB, num_stages=1):
+            q = load_columns(phi_q, H * SW, 0, queries, at, SW, C, SB, True)
+            value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
+                                           at + tl.arange(0, SB), v, S, V)  # fmt: skip
+            numerator = add_dot(numerator, q, operand(value_sum, PRECISION), PRECISION)
+            denominator += tl.sum(q.to(tl.float32) * mass[None, :], 1)
     if HAS_DECAY:
         since = tl.exp(q_whole + q_part)
         numerator *= since[:, None]
@@ -352,8 +365,13 @@ def readout_kernel(
 
     inverse = reciprocal(denominator)
     numerator *= inverse[:, None]
-    to = out + ((batch * T + t) * H + head) * V
-    mask = queries[:, None] & (v < V)[None, :]
-    tl.store(to + ((c * (H * V).to(tl.int32))[:, None] + v[None, :]), numerator.to(out.dtype.element_ty), mask=mask)
-    if column == 0:
-        tl.store(inverses + (batch * H + head) * T + t + c, inverse, mask=queries)
+    if OF_GRADIENT:
+        grad_out += whole_rows(batch * ob + head * oh, ALIGNED)
+        do = load_columns(grad_out, ot, t, queries, column, V, C, VB, ALIGNED)
+        tl.store(deltas + (batch * H + head) * T + t + c, tl.sum(numerator * do.to(tl.float32), 1), mask=queries)
+    else:
+        to = out + ((batch * T + t) * H + head) * V
+        mask = queries[:, None] & (v < V)[None, :]
+        tl.store(to + ((c * (H * V).to(tl.int32))[:, None] + v[None, :]), numerator.to(out.dtype.element_ty), mask=mask)
+        if column == 0:
+            tl.store(inverses + (batch * H + head) * T + t + c, inverse, mask=queries)

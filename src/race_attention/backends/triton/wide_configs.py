@@ -18,7 +18,8 @@ class Tiles:
         width: SW, buckets padded with zeros.
         features, feature_gradients: (C, SP, ...), tokens of a block and buckets that are computed at a time.
         accumulate: (C, SB, VB, ...), with the buckets and the columns of a state's tile.
-        readout, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared with.
+        readout, query_sums, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared
+            with. query_sums has all columns in one tile.
         buckets_gradient: (C, CK, SB, ...).
     """
 
@@ -27,6 +28,7 @@ class Tiles:
     feature_gradients: tuple[int, int, int, int]
     accumulate: tuple[int, int, int, int, int]
     readout: tuple[int, int, int, int, int, int]
+    query_sums: tuple[int, int, int, int, int, int]
     value_gradient: tuple[int, int, int, int, int, int]
     buckets_gradient: tuple[int, int, int, int, int]
 
@@ -47,6 +49,7 @@ def tiles_of(shape: plan.Shape) -> Tiles:
             feature_gradients=(32, shape.tile, 4, 1),
             accumulate=(64, 64, narrow, 4, 3),
             readout=pair,
+            query_sums=pair,
             value_gradient=pair,
             buckets_gradient=(128, 64, 128, 8, 2),
         )
@@ -56,6 +59,7 @@ def tiles_of(shape: plan.Shape) -> Tiles:
         feature_gradients=(32, shape.tile, 8, 1),
         accumulate=(64, 128, narrow, 8, 2),
         readout=(128, 64, 128, narrow, 8, 2),
+        query_sums=(64, 32, 128, columns, 8, 1),
         value_gradient=(128, 64, 128, narrow, 8, 2),
         buckets_gradient=(64, 32, 64, 8, 1),
     )
@@ -70,6 +74,7 @@ def _float32(shape: plan.Shape, columns: int) -> Tiles:
         feature_gradients=(16, shape.tile, 8, 1),
         accumulate=(16, 64, narrow, 8, 1),
         readout=(32, 32, 64, narrow, 8, 1),
+        query_sums=(16, 16, 64, columns, 8, 1),
         value_gradient=(32, 32, 64, narrow, 8, 1),
         buckets_gradient=(16, 16, 64, 8, 1),
     )

@@ -153,7 +153,7 @@ def query_buckets_gradient_kernel(
 ):  # fmt: skip
     """The gradient of the buckets of a block of queries, [lines, H, SW] (programs: runs * blocks * H * tiles).
 
-    Leaves ``deltas``, grad_out . out, [B, H, T].
+    Without decay it leaves ``deltas``, grad_out . out, [B, H, T]; with it they are there, of a finer out.
     """
     NT: tl.constexpr = SW // SB
     H = G * SHARE
@@ -177,12 +177,15 @@ def query_buckets_gradient_kernel(
     slot = (line + sub - start) // SUB * G + group
     state = before + (run * G + group) * (S * (V + 1))
     do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
-    o = load_columns(out + (batch * T * H + head) * V, H * V, t, queries, 0, V, C, VP, ALIGNED and V % 8 == 0)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     query_at = (batch * H + head) * T + t + c
     inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
-    if tile == 0:
-        tl.store(deltas + query_at, delta, mask=queries)
+    if HAS_DECAY:
+        delta = tl.load(deltas + query_at, mask=queries, other=0.0)
+    else:
+        o = load_columns(out + (batch * T * H + head) * V, H * V, t, queries, 0, V, C, VP, ALIGNED and V % 8 == 0)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        if tile == 0:
+            tl.store(deltas + query_at, delta, mask=queries)
     kept = tl.full([], 1.0, tl.float32)
     if HAS_DECAY:
         kept = tl.exp(tl.load(boundaries + slot, mask=sub > start, other=0.0)).to(tl.float32)

@@ -215,13 +215,24 @@ class Segment:
 
     def readout(self, before: Tensor, between: Between, out: Tensor) -> None:
         """out of the queries from the state before each run, and the inverses of their denominators."""
-        p, config = self.p, self.tiles.readout
-        columns = config[3]
+        self._readout(self.tiles.readout, before, between, out, None)
+
+    def query_sums(self, before: Tensor, between: Between, deltas: Tensor) -> None:
+        """grad_out . out of the queries, out not rounded, [B, H, T]."""
+        self._readout(self.tiles.query_sums, before, between, None, deltas)
+
+    def _readout(
+        self, config: tuple[int, ...], before: Tensor, between: Between, out: Tensor | None, deltas: Tensor | None
+    ) -> None:
+        p, columns = self.p, config[3]
+        grad_out = p.value if p.grad_out is None else p.grad_out
         programs = self.count * self._blocks(config[0]) * p.heads * -(-p.shape.value_dim // columns)
         start(
             wide.readout_kernel, (programs,),
-            self.phi_q, self.phi_k, p.value, self.mask, *self.decay, self.table, before, *between, out, p.inverses,
-            *p.value.stride()[:3], *self._numbers(config[0]), VB=columns, **self._pairs(config),
+            self.phi_q, self.phi_k, p.value, self.mask, *self.decay, self.table, before, *between, grad_out,
+            pointer_or(out, p.value), p.inverses, pointer_or(deltas, p.beta),
+            *p.value.stride()[:3], *grad_out.stride()[:3], *self._numbers(config[0]),
+            VB=columns, FEW=FEW, OF_GRADIENT=deltas is not None, **self._pairs(config),
         )  # fmt: skip
 
     def value_gradient(self, after: Tensor, between: Between, deltas: Tensor, dv: Tensor) -> Tensor:
@@ -240,7 +251,7 @@ class Segment:
         return of_key
 
     def query_buckets_gradient(self, before: Tensor, between: Between, deltas: Tensor) -> Tensor:
-        """The gradient of phi_q, [lines, H, SW]; fills ``deltas`` with grad_out . out, [B, H, T]."""
+        """The gradient of phi_q, [lines, H, SW]; without decay fills ``deltas`` with grad_out . out, [B, H, T]."""
         return self._buckets_gradient(False, before, between, deltas)
 
     def key_buckets_gradient(self, after: Tensor, between: Between, deltas: Tensor) -> Tensor:
