@@ -71,14 +71,16 @@ def inputs_of(case: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(n, marks=[pytest.mark.slow] * (INTERPRETED and n == "many-buckets")) for n in CASES]
+)
 def test_equals_the_oracle(case: str, dtype: torch.dtype, short_runs: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(case, dtype)
     right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
 
 
-@pytest.mark.parametrize("case", ["every-option", "packed"])
+@pytest.mark.parametrize("case", ["every-option", pytest.param("packed", marks=[pytest.mark.slow] * INTERPRETED)])
 def test_segments_change_nothing(case: str, short_runs: pytest.MonkeyPatch) -> None:
     """Neither how many there are, nor a repeat: equal to the bit."""
     inputs = inputs_of(case, FLOAT32)
@@ -87,6 +89,17 @@ def test_segments_change_nothing(case: str, short_runs: pytest.MonkeyPatch) -> N
     several = evaluate(whole, inputs, backend="triton")
     for name, value in one.items():
         assert torch.equal(value, several[name]), name
+
+
+def test_a_decay_that_forgets_within_a_block(short_runs: pytest.MonkeyPatch) -> None:
+    """Its inverse over the tokens of a block is infinite."""
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=61, heads=1, dim=16, value_dim=2, scale=0.3, planes=3, tables=9, device=DEVICE,
+        requires_grad=True,
+    )  # fmt: skip
+    inputs["log_decay"] = torch.full((1, 61, 1), -4.0, device=DEVICE, requires_grad=True)
+    right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), right, FLOAT32)
 
 
 def test_lengths_as_they_are() -> None:

@@ -3,7 +3,8 @@
     device.py    what the kernels share: tiles, soft buckets and their gradients, decay inside a block
     narrow.py    what the causal kernels of one tile share besides
     states.py    the state of each run of tokens, and the scan over them
-    causal.py, causal_gradients.py, wide.py, full.py    buckets in one tile, in several, not causal
+    causal.py, causal_gradients.py    buckets in one tile; full.py, full_wide.py    not causal
+    wide.py, wide_gradients.py, wide_segments.py, wide_configs.py    causal, buckets in several tiles
     decode.py, decode_ops.py     one token, and its operator
     plan.py, configs.py          runs of tokens, configurations
     launch.py, launch_*.py       host code of the launches: shared, then by what they launch
