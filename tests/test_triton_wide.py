@@ -51,7 +51,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         width=0,
         features=(32, 64, 4, 1),
         feature_gradients=(32, 128, 4, 1),
-        accumulate=(32, 64, 32, 4, 1),
+        accumulate=(16, 64, 32, 4, 1),
         readout=(32, 16, 128, 32, 4, 1),
         query_sums=(32, 32, 64, 64, 4, 1),
         value_gradient=(16, 32, 64, 32, 4, 1),
@@ -97,7 +97,9 @@ def test_a_decay_that_forgets_within_a_block(short_runs: pytest.MonkeyPatch) -> 
         causal=True, batch=1, tokens=61, heads=1, dim=16, value_dim=2, scale=0.3, planes=3, tables=9, device=DEVICE,
         requires_grad=True,
     )  # fmt: skip
-    inputs["log_decay"] = torch.full((1, 61, 1), -4.0, device=DEVICE, requires_grad=True)
+    decay = torch.full((1, 61, 1), -0.1, device=DEVICE)
+    decay[:, 33:48] = -8.0
+    inputs["log_decay"] = decay.requires_grad_()
     right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, FLOAT32)
 

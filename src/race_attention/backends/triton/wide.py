@@ -254,7 +254,8 @@ def accumulate_kernel(
             delta = tl.load(deltas + at, mask=t + c < end, other=0.0)
             weight = tl.load(inverses + at, mask=t + c < end, other=0.0)
             if HAS_DECAY:
-                weight *= tl.exp((whole - new_whole) + (part - new_part))
+                age = (whole - new_whole) + (part - new_part)
+                weight *= tl.exp(tl.where(t + c < end, age, 0.0))  # past the end it would grow
             rows_phi = operand(rows_phi.to(tl.float32) * weight[:, None], PRECISION)
             mass -= tl.sum(rows_phi.to(tl.float32) * delta[:, None], 0)
         else:
