@@ -24,15 +24,14 @@ def measure(step: Step, repeats: int = 7, warm: int = 2) -> float:
     """Median milliseconds."""
     for _ in range(warm):
         step()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:  # one after the other without waiting: host time shows where it is the longer
         begin.record()
         step()
         end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
 def graphed(step: Step) -> float:
@@ -128,7 +127,7 @@ def lengths(report: Report) -> None:
             for own, make in steps:
                 freed()
                 step = make()
-                report("lengths", **own, ms=measure(step))
+                report("lengths", **own, ms=measure(step, 11))
                 if power < 16:
                     report("lengths", **own, graph=True, ms=graphed(step))
                 del step

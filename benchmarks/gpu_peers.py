@@ -56,7 +56,8 @@ class Exact:
     """torch's exact attention with one of the backends of EXACT; "flash" is FlashAttention-2."""
 
     def __init__(self, backend: str, tokens: int, causal: bool, backward: bool, heads: int = HEADS) -> None:
-        self.inputs = [tokens_of(tokens, heads, backward).transpose(1, 2) for _ in range(3)]
+        inputs = [tokens_of(tokens, heads, False).transpose(1, 2) for _ in range(3)]
+        self.inputs = [x.requires_grad_(backward) for x in inputs]  # leaves, which a graph can capture
         self.grad = torch.randn_like(self.inputs[2]) if backward else None
         self.backend, self.causal, self.backward = EXACT[backend], causal, backward
 

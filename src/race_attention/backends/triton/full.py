@@ -19,6 +19,7 @@ from .device import (
     buckets,
     corner_signs,
     dot,
+    fine_dot,
     keys_inside,
     load_planes,
     load_rows,
@@ -46,12 +47,12 @@ def _masses_as_columns(mass, SP: tl.constexpr):
 
 
 @triton.jit
-def _exact_dot(x, b, PRECISION: tl.constexpr):
-    """x by the operand b, with all digits of x."""
-    result = dot(operand(x, PRECISION), b, PRECISION)
-    if PRECISION == "bf16" and x.dtype != tl.bfloat16:  # float16 has three bits more
-        result += tl.dot((x.to(tl.float32) - x.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16), b)
-    return result
+def _exact_dot(x, b, rounded, PRECISION: tl.constexpr):
+    """x, with all of its digits, by b, whose bfloat16 rounding is enough for a bfloat16 x."""
+    if PRECISION == "bf16" and x.dtype == tl.bfloat16:
+        return tl.dot(x, rounded)
+    else:
+        return fine_dot(x, b, PRECISION)
 
 
 @triton.jit
@@ -160,7 +161,8 @@ def query_gradient_kernel(
     up, down = corner_signs(0, P, N, SP, PRECISION)
     value_sum, mass = load_state(state, 0, S, SP, V, VP)
     mean = _mean_value(value_sum, mass)
-    centred = operand(value_sum - mean[:, None] * mass[None, :], PRECISION)
+    centred = value_sum - mean[:, None] * mass[None, :]
+    rounded_sums = operand(centred, PRECISION)
     columns = _masses_as_columns(mass, SP)
     beta_sum = tl.zeros([C, N], tl.float32)
     grad_sum = tl.zeros([VP, SP], tl.float32)
@@ -177,7 +179,7 @@ def query_gradient_kernel(
         else:
             denominator = tl.sum(phi * mass[None, :], 1)
         inverse = reciprocal(denominator)
-        grad_phi = _exact_dot(do, centred, PRECISION)
+        grad_phi = _exact_dot(do, centred, rounded_sums, PRECISION)
         delta = tl.sum(rounded.to(tl.float32) * grad_phi, 1) * inverse  # grad_out . (out - mean)
         grad_phi = (grad_phi - delta[:, None] * mass[None, :]) * inverse[:, None]
         grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
@@ -227,7 +229,8 @@ def key_gradient_kernel(
     value_sum, mass = load_state(states + offset, 0, S, SP, V, VP)
     grad_sum, grad_mass = load_state(adjoints + offset, 0, S, SP, V, VP)
     rounded = operand(grad_sum, PRECISION)
-    grad_mass += tl.sum((grad_sum - rounded.to(tl.float32)) * _mean_value(value_sum, mass)[:, None], 0)
+    if value.dtype.element_ty == tl.bfloat16:
+        grad_mass += tl.sum((grad_sum - rounded.to(tl.float32)) * _mean_value(value_sum, mass)[:, None], 0)
     beta_sum = tl.zeros([C, N], tl.float32)
     planes_sum = tl.zeros([DP, N], tl.float32)
     for t in range(start, end, C):
@@ -238,7 +241,7 @@ def key_gradient_kernel(
         phi = tl.where(inside[:, None], buckets(y, b, up, down, 0, S, SP, LIFT, PRECISION), 0.0)
         dv = dot(operand(phi, PRECISION), tl.trans(rounded), PRECISION)
         store_rows(grad_value, G * V, t, t + c < end, dv, C, V, VP)
-        grad_phi = _exact_dot(v, rounded, PRECISION) + grad_mass[None, :]
+        grad_phi = _exact_dot(v, grad_sum, rounded, PRECISION) + grad_mass[None, :]
         grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
