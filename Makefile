@@ -85,11 +85,11 @@ demo: $(STAMPS)/package $(STAMPS)/experiments
 
 # GPU kernels run in Triton's interpreter, which a process has for all of its kernels or for none.
 test: $(STAMPS)/package $(STAMPS)/dev
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/test_triton.py
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/test_triton*.py
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(STAMPS)/package $(STAMPS)/dev
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton*.py
 	$(PYTEST) $(ARGS)
 
 docs: $(STAMPS)/package $(STAMPS)/docs

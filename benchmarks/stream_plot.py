@@ -52,8 +52,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
+    parser.add_argument("--output", type=Path, help="where to; beside the file if not given")
     given = parser.parse_args()
-    plot(json.loads(given.file.read_text()), given.file.with_suffix(".svg"))
+    plot(json.loads(given.file.read_text()), given.output or given.file.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
