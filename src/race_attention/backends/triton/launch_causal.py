@@ -10,7 +10,7 @@ from torch import Tensor
 from . import causal, causal_gradients, plan
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
 from .launch_states import run_totals, scan
-from .ops import kept_states
+from .ops import clear_spare, kept_states
 from .start import start
 
 State = tuple[Tensor | None, Tensor | None]
@@ -21,6 +21,7 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
     runs = p.runs(of_keys=True)
     parts, totals = _key_states(p, runs)
     before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
+    clear_spare(before, runs)
     mass, value_sum = scan(p, runs, parts, totals, before, initial)
     return readout(p, runs, before), mass, value_sum, before
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import plan
 from .launch import ParameterSums, Problem, at_the_end
 from .launch_states import scan
-from .ops import kept_states
+from .ops import clear_spare, kept_states
 from .wide_segments import Segments
 
 State = tuple[Tensor | None, Tensor | None]
@@ -31,6 +31,7 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
     for segment in segments:
         segment.between_keys(parts)
     before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
+    clear_spare(before, runs)
     mass, value_sum = scan(p, runs, parts, totals, before, initial)
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
     for segment in segments:

@@ -121,6 +121,11 @@ def kept_states(query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, ca
     return query.new_empty(count, groups, shape.state_size, dtype=torch.float32)
 
 
+def clear_spare(kept: Tensor, runs: plan.Runs) -> None:
+    """Zeros where no run is: an operator's result is the same every time, all of it. Before the scan fills the rest."""
+    (kept if runs.table is not None else kept[runs.count :]).zero_()
+
+
 def kept_inverses(query: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:
     """The buffer for 1 / denominators, [B, H, Tq], where the backward pass reads them; else empty."""
     batch, queries, heads = query.shape[:3]
