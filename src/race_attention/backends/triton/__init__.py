@@ -30,7 +30,6 @@ LARGEST_DIM, MOST_BUCKETS = 256, 1024
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-
 def why_not(call: Call) -> str | None:
     """The reason the Triton kernels cannot serve a call, or None when they can."""
     query, value = call.query, call.value
