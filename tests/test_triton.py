@@ -160,6 +160,16 @@ def test_operators_pass_opcheck(case: str) -> None:
     torch.library.opcheck(triton_forward, arguments)
 
 
+def test_the_compilers_are_described() -> None:
+    from race_attention.backends import triton
+
+    facts = triton.describe()
+    assert facts["triton"] and facts["ptxas"]
+    assert ("warp-group matrix instructions" in facts) == (
+        DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    )
+
+
 def test_second_derivatives_are_refused() -> None:
     inputs = _small(causal=True)
     inputs["query"].requires_grad_()

@@ -74,3 +74,17 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
         call.causal,
     )[:3]
     return (out, mass, value_sum) if call.return_state else (out, None, None)
+
+
+def describe() -> dict[str, str]:
+    """Versions of the compilers, and on Hopper whether kernels use warp-group matrix instructions."""
+    if not INSTALLED:
+        return {}
+    import triton
+
+    from . import start
+
+    facts = {"triton": str(triton.__version__), "ptxas": start.ptxas_version() or "not found"}
+    if torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9:
+        facts["warp-group matrix instructions"] = "on" if start.warp_groups() else "off: needs ptxas 12.9 or newer"
+    return facts

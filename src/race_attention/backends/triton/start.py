@@ -103,6 +103,11 @@ def ptxas_version() -> str | None:
     return getattr(tool, "version", None)
 
 
+def warp_groups() -> bool:
+    """Whether kernels may use warp-group matrix instructions; DISABLE_MMA_V3=1 turns them off by hand."""
+    return "DISABLE_MMA_V3" not in _environment() and os.environ.get("DISABLE_MMA_V3", "0") in ("", "0")
+
+
 def _repaired(tool: Any) -> bool:
     return tool is not None and tuple(int(n) for n in tool.version.split(".")[:2]) >= _REPAIRED
 
