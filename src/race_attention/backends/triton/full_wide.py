@@ -53,19 +53,14 @@ def readout_kernel(
     state = states + (row * G + group) * (S * (V + 1))
     b = tl.load(beta + group)
     c = tl.arange(0, C)
-    if NS == 1:
-        w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
-        up, down = corner_signs(0, P, N, SP, PRECISION)
-        value_sum, mass = load_state(state, 0, S, SP, V, VP)
     for t in range(start, end, C):
         q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
         numerator = tl.zeros([C, VP], tl.float32)
         denominator = tl.zeros([C], tl.float32)
         for tile in range(NS):
-            if NS > 1:
-                w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-                up, down = corner_signs(tile, P, N, SP, PRECISION)
-                value_sum, mass = load_state(state, tile, S, SP, V, VP)
+            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+            up, down = corner_signs(tile, P, N, SP, PRECISION)
+            value_sum, mass = load_state(state, tile, S, SP, V, VP)
             phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
             phi = operand(phi, PRECISION)
             numerator += dot(phi, tl.trans(operand(value_sum, PRECISION)), PRECISION)
@@ -100,23 +95,15 @@ def query_gradient_kernel(
     b = tl.load(beta + group)
     c = tl.arange(0, C)
     beta_sum = tl.zeros([C, N], tl.float32)
-    grad_sum = tl.zeros([VP, SP], tl.float32)
-    grad_mass = tl.zeros([SP], tl.float32)
-    planes_sum = tl.zeros([DP, N], tl.float32)
-    if NS == 1:
-        w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
-        up, down = corner_signs(0, P, N, SP, PRECISION)
-        value_sum, mass = load_state(state, 0, S, SP, V, VP)
     for t in range(start, end, C):
         q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
         do = load_rows(grad_out, ot, t, t + c < end, C, V, VP, ALIGNED)
         denominator = tl.zeros([C], tl.float32)
         delta = tl.zeros([C], tl.float32)
         for tile in range(NS):
-            if NS > 1:
-                w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-                up, down = corner_signs(tile, P, N, SP, PRECISION)
-                value_sum, mass = load_state(state, tile, S, SP, V, VP)
+            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+            up, down = corner_signs(tile, P, N, SP, PRECISION)
+            value_sum, mass = load_state(state, tile, S, SP, V, VP)
             phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
             phi = operand(phi, PRECISION).to(tl.float32)
             denominator += tl.sum(phi * mass[None, :], 1)
@@ -125,10 +112,9 @@ def query_gradient_kernel(
         delta *= inverse  # grad_out . out
         dq = tl.zeros([C, DP], tl.float32)
         for tile in range(NS):
-            if NS > 1:
-                w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-                up, down = corner_signs(tile, P, N, SP, PRECISION)
-                value_sum, mass = load_state(state, tile, S, SP, V, VP)
+            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+            up, down = corner_signs(tile, P, N, SP, PRECISION)
+            value_sum, mass = load_state(state, tile, S, SP, V, VP)
             y = project(q, w, PRECISION)
             phi = buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION)
             grad_phi = fine_dot(do, value_sum, PRECISION) - delta[:, None] * mass[None, :]
@@ -138,24 +124,14 @@ def query_gradient_kernel(
             grad_y = operand(grad_y, PRECISION)
             dq += dot(grad_y, operand(w, PRECISION), PRECISION)
             seen = operand(operand(phi, PRECISION).to(tl.float32) * inverse[:, None], PRECISION)
-            if NS > 1:
-                grad_sum = dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
-                grad_mass = -tl.sum(seen.to(tl.float32) * delta[:, None], 0)
-                store_state(adjoint, tile, grad_sum, grad_mass, S, SP, V, VP)
-                if NEED_PLANES:
-                    planes_sum = dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
-                    store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
-            else:
-                grad_sum += dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
-                grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
-                if NEED_PLANES:
-                    planes_sum += dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
+            grad_sum = dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
+            grad_mass = -tl.sum(seen.to(tl.float32) * delta[:, None], 0)
+            store_state(adjoint, tile, grad_sum, grad_mass, S, SP, V, VP)
+            if NEED_PLANES:
+                planes_sum = dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
+                store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
         store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
-    if NS == 1:
-        store_state(adjoint, 0, grad_sum, grad_mass, S, SP, V, VP)
-        if NEED_PLANES:
-            store_planes(planes_parts, program, planes_sum, N, D, DP)
 
 
 @triton.jit(
@@ -186,11 +162,6 @@ def key_gradient_kernel(
     b = tl.load(beta + group)
     c = tl.arange(0, C)
     beta_sum = tl.zeros([C, N], tl.float32)
-    planes_sum = tl.zeros([DP, N], tl.float32)
-    if NS == 1:
-        w = load_planes(planes, group, 0, L, P, D, DP, N, SP)
-        up, down = corner_signs(0, P, N, SP, PRECISION)
-        grad_sum, grad_mass = load_state(adjoint, 0, S, SP, V, VP)
     for t in range(start, end, C):
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
         k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
@@ -198,10 +169,9 @@ def key_gradient_kernel(
         dk = tl.zeros([C, DP], tl.float32)
         dv = tl.zeros([C, VP], tl.float32)
         for tile in range(NS):
-            if NS > 1:
-                w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-                up, down = corner_signs(tile, P, N, SP, PRECISION)
-                grad_sum, grad_mass = load_state(adjoint, tile, S, SP, V, VP)
+            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
+            up, down = corner_signs(tile, P, N, SP, PRECISION)
+            grad_sum, grad_mass = load_state(adjoint, tile, S, SP, V, VP)
             y = project(k, w, PRECISION)
             phi = tl.where(inside[:, None], buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION), 0.0)
             grad_phi = fine_dot(v, grad_sum, PRECISION) + grad_mass[None, :]
@@ -211,14 +181,8 @@ def key_gradient_kernel(
             grad_y = operand(grad_y, PRECISION)
             dk += dot(grad_y, operand(w, PRECISION), PRECISION)
             if NEED_PLANES:
-                if NS > 1:
-                    planes_sum = dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
-                    store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
-                else:
-                    planes_sum += dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
+                planes_sum = dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
+                store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
         store_rows(grad_key, G * D, t, t + c < end, dk, C, D, DP)
         store_rows(grad_value, G * V, t, t + c < end, dv, C, V, VP)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
-    if NS == 1:
-        if NEED_PLANES:
-            store_planes(planes_parts, program, planes_sum, N, D, DP)

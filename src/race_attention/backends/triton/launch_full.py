@@ -28,7 +28,7 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def _accumulate(p: Problem, runs: plan.Runs) -> Tensor:
     """The state that the keys of each run leave."""
     if not p.shape.narrow:
-        return accumulate(p, runs)[0]
+        return accumulate(p, runs)
     parts = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     if runs.count * p.groups:
         start(

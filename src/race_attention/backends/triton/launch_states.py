@@ -15,20 +15,18 @@ from .start import start
 SCAN_RUNS, SCAN_ELEMENTS = 64, 32
 
 
-def accumulate(problem: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
-    """The state that the keys of each run leave, and each run's total log decay [runs, G] float64."""
-    p = problem
-    result = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
-    totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
+def accumulate(p: Problem, runs: plan.Runs) -> Tensor:
+    """The state that the keys of each run leave, of a call that is not causal and has several tiles of buckets."""
+    states_of_runs = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     if runs.count * p.groups:
         start(
             states.accumulate_kernel, (runs.count * p.groups, p.shape.tiles),
-            p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
-            pointer_or(runs.table, p.beta), result, totals,
-            *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, **p.options("accumulate", tiles=False),
+            p.key, p.value, pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta),
+            states_of_runs, *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
+            p.keys, runs.length, runs.per_row, p.groups, HAS_MASK=p.key_mask is not None,
+            **p.options("accumulate", tiles=False),
         )  # fmt: skip
-    return result, totals
+    return states_of_runs
 
 
 def scan(

@@ -23,21 +23,21 @@ from .device import (
     whole_rows,
 )
 
-NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "kb", "kt", "kh", "vb", "vt", "vh", "mb", "mt", "mh", "gb", "gt", "gh"]
+NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "kb", "kt", "kh", "vb", "vt", "vh", "mb", "mt", "mh"]
 
 
 @triton.jit(do_not_specialize=NEVER_SPECIALIZED)
 def accumulate_kernel(
-    key, value, key_mask, log_decay, planes, beta, table, states, totals,
+    key, value, key_mask, planes, beta, table, states,
     kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
-    mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
+    mb: tl.int64, mt: tl.int64, mh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, C: tl.constexpr,
     LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """The state that each run of keys alone leaves (programs: runs * G, bucket tiles), and its total log decay."""
+    """The state that each run of keys alone leaves (programs: runs * G, bucket tiles). Not causal: nothing decays."""
     S: tl.constexpr = L << P
     run = tl.program_id(0) // G
     head = tl.program_id(0) - run * G
@@ -46,35 +46,23 @@ def accumulate_kernel(
     key += whole_rows(batch * kb + head * kh, ALIGNED)
     value += whole_rows(batch * vb + head * vh, ALIGNED)
     key_mask += batch * mb + head * mh
-    log_decay += batch * gb + head * gh
     b = tl.load(beta + head)
     w = load_planes(planes, head, tile, L, P, D, DP, N, SP)
     up, down = corner_signs(tile, P, N, SP, PRECISION)
 
     value_sum = tl.zeros([VP, SP], tl.float32)
     mass = tl.zeros([SP], tl.float32)
-    total = tl.zeros([], tl.float64)
     for t in range(start, end, C):
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
         k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
         v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
         phi = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
         phi = tl.where(inside[:, None], phi, 0.0)
-        if HAS_DECAY:
-            whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
-            phi *= tl.exp((all_whole - whole) + (all_part - part))[:, None]
-            kept = tl.exp(all_whole + all_part)
-            value_sum *= kept
-            mass *= kept
-            total += all_whole.to(tl.float64) + all_part.to(tl.float64)
         phi = operand(phi, PRECISION)
         value_sum = add_dot(value_sum, tl.trans(operand(v, PRECISION)), phi, PRECISION)
         mass += tl.sum(phi.to(tl.float32), 0)  # of the rounded weights: mass and value_sum stay consistent
     base = states + (run.to(tl.int64) * G + head) * (S * (V + 1))
     store_state(base, tile, value_sum, mass, S, SP, V, VP)
-    if HAS_DECAY:
-        if tile == 0:
-            tl.store(totals + run.to(tl.int64) * G + head, total)
 
 
 @triton.jit
