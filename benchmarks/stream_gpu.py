@@ -32,6 +32,7 @@ from experiments.data import load_text
 from experiments.models import DecoderLM, ModelConfig
 from experiments.models.blocks import count_parameters
 from experiments.optim import make_adamw
+from experiments.report import commit
 from experiments.streamed import streamed_gradient
 from race_attention.backends.call import Call
 from race_attention.features import sample_hyperplanes
@@ -64,6 +65,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "race_attention": race_attention.__version__,
+        "commit": commit(),
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "race_attention": getattr(race_attention, "__version__", "unknown"),
-        "commit": _commit(),
+        "commit": commit(),
         "source_sha256": source_digest(),
     }
     if torch.cuda.is_available():
@@ -61,7 +61,7 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that RACE_COMMIT names (a copy's own git may lag behind its files), else the checkout's."""
     named = os.environ.get("RACE_COMMIT")
     if named:
