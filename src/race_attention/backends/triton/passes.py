@@ -6,15 +6,16 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import launch_causal, launch_full, launch_wide
+from . import launch_causal, launch_causal_gradients, launch_full, launch_wide
 from .launch import ParameterSums, Problem, on
 from .ops import kept_features, kept_inverses, shape_of
 
 
-def _launches_of(problem: Problem) -> ModuleType:
+def _launches_of(problem: Problem, narrow: ModuleType) -> ModuleType:
+    """The module whose function does it; ``narrow`` where the call is causal and one tile holds the buckets."""
     if not problem.causal:
         return launch_full
-    return launch_causal if problem.shape.narrow else launch_wide
+    return narrow if problem.shape.narrow else launch_wide
 
 
 def forward(
@@ -28,7 +29,7 @@ def forward(
     p.inverses = kept_inverses(query, value, hyperplanes, causal)
     p.features = kept_features(key, value, hyperplanes, causal)
     with on(query.device):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p).forward(p, (mass, value_sum))
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p, launch_causal).forward(p, (mass, value_sum))
     return *result, p.inverses, p.features
 
 
@@ -50,7 +51,7 @@ def backward(
     )  # fmt: skip
     with on(query.device):
         sums = ParameterSums(p, need_planes)
-        dq, dk, dv, decay, initial = _launches_of(p).backward(
+        dq, dk, dv, decay, initial = _launches_of(p, launch_causal_gradients).backward(
             p, kept, (grad_mass, grad_value_sum), (final_mass, final_value_sum), sums
         )
         planes, of_beta = sums.reduced()
