@@ -13,7 +13,8 @@ PACKAGE = Path(race_attention.__file__).parent
 
 #: From the ground up. A module imports from layers below its own, and from its own unit.
 LAYERS = (
-    ("_version", "features", "packing", "rotary"),
+    ("_version", "arguments", "packing"),
+    ("features", "rotary", "decay", "layer_checks"),
     ("state", "convolution"),
     ("layer_state", "backends.call"),
     ("backends.reference", "backends.cpu", "backends.triton"),

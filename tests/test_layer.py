@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from race_attention import RaceAttention, RaceAttentionState, RaceState, sample_hyperplanes
-from race_attention.nn import multiscale_log_decay
+from race_attention.decay import multiscale_log_decay
 from race_attention.rotary import rotate
 from race_attention.testing import assert_within_budget, oracle, relative_error
 
@@ -688,7 +688,7 @@ def test_repr_shows_the_settings():
         ({"dropout": float("nan")}, ValueError, r"dropout: got nan, allowed is in"),
         ({"dropout": "0"}, TypeError, r"dropout: got '0', allowed is a number"),
         ({"rope": 100.0, "head_dim": 5}, ValueError, r"rope: got 100.0 with head_dim = 5, allowed is an even head_dim"),
-        ({"rope": -1.0, "head_dim": 4}, ValueError, r"rope: got -1.0, allowed is in \(0, inf\]"),
+        ({"rope": -1.0, "head_dim": 4}, ValueError, r"rope: got -1.0, allowed is in \(0, inf\)"),
         ({"embed_dim": "12"}, TypeError, r"embed_dim: got '12', allowed is an integer"),
     ],
 )  # fmt: skip

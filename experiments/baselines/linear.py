@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from experiments.baselines.base import ProjectedMixer
 from experiments.baselines.kernelised import kernel_attention
-from race_attention.nn import multiscale_log_decay
+from race_attention.decay import multiscale_log_decay
 
 
 class LinearMixer(ProjectedMixer):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import size
+
 #: Soft signs are (1 - FLOOR) * tanh(...), so no bucket is ever empty and no denominator zero.
 FLOOR = 2.0**-13
 
@@ -45,11 +47,8 @@ def sample_hyperplanes(
     Raises:
         ValueError: a size is not positive. TypeError: a size is not an integer, or dtype is not floating.
     """
-    for name, size in (("heads", heads), ("tables", tables), ("planes", planes), ("dim", dim)):
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name}: got {size!r}, allowed is an integer")
-        if size < 1:
-            raise ValueError(f"{name}: got {size}, allowed is 1 or more")
+    for name, given in (("heads", heads), ("tables", tables), ("planes", planes), ("dim", dim)):
+        size(name, given)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
     generator = torch.Generator(device="cpu").manual_seed(seed)

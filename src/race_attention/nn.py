@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import number, size
 from .attention import race_attention
 from .checks import MAX_BETA, MAX_PLANES, check_scale
 from .convolution import causal as causal_convolution
 from .convolution import centred as centred_convolution
+from .decay import check_decay, multiscale_log_decay
 from .features import sample_hyperplanes
+from .layer_checks import check_inputs
 from .layer_state import RaceAttentionState
-from .packing import row_of_token
-from .rotary import rotate
+from .rotary import positions, rotate
 
 _MIN_BETA = 1e-4
-_DECAYS = ("multiscale", "learned", "per_token")
 
 
 class RaceAttention(nn.Module):
@@ -96,25 +97,23 @@ class RaceAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.embed_dim, self.num_heads = _size("embed_dim", embed_dim), _size("num_heads", num_heads)
-        self.num_kv_heads = _size("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
+        self.embed_dim, self.num_heads = size("embed_dim", embed_dim), size("num_heads", num_heads)
+        self.num_kv_heads = size("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: got {num_kv_heads}, allowed is a divisor of num_heads = {num_heads}")
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"embed_dim: got {embed_dim}, allowed is a multiple of num_heads = {num_heads}")
-        self.head_dim = _size("head_dim", embed_dim // num_heads if head_dim is None else head_dim)
-        self.value_dim = _size("value_dim", self.head_dim if value_dim is None else value_dim)
-        self.tables, self.planes = _size("tables", tables), _size("planes", planes, most=MAX_PLANES)
-        self.beta_start = _number("beta", beta, 0.0, MAX_BETA)
+        self.head_dim = size("head_dim", embed_dim // num_heads if head_dim is None else head_dim)
+        self.value_dim = size("value_dim", self.head_dim if value_dim is None else value_dim)
+        self.tables, self.planes = size("tables", tables), size("planes", planes, most=MAX_PLANES)
+        self.beta_start = number("beta", beta, 0.0, MAX_BETA)
         self.learn_beta, self.learn_hyperplanes = learn_beta, learn_hyperplanes
         self.hyperplanes_per_head, self.orthogonal = hyperplanes_per_head, orthogonal
         self.scale = check_scale(self.head_dim**-0.5 if scale is None else scale)
-        self.causal, self.conv_size, self.norm_gate = causal, _size("conv_size", conv_size, least=0), norm_gate
-        self.decay = _check_decay(decay, causal)
-        self.dropout = _number("dropout", dropout, -math.inf, 1.0)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: got {dropout}, allowed is in [0, 1)")
-        self.rope = None if rope is None else _number("rope", rope, 0.0, math.inf)
+        self.causal, self.conv_size, self.norm_gate = causal, size("conv_size", conv_size, least=0), norm_gate
+        self.decay = check_decay(decay, causal)
+        self.dropout = number("dropout", dropout, 0.0, 1.0, "[)")
+        self.rope = None if rope is None else number("rope", rope, 0.0, math.inf, "()")
         if rope is not None and self.head_dim % 2:
             raise ValueError(f"rope: got {rope} with head_dim = {self.head_dim}, allowed is an even head_dim")
         self.seed = seed
@@ -242,7 +241,8 @@ class RaceAttention(nn.Module):
         Returns:
             [B, T, embed_dim], or a pair of it and a :class:`RaceAttentionState`.
         """
-        self._check(x, context, key_padding_mask, cu_seqlens, state, return_state)
+        check_inputs(x, context, key_padding_mask, cu_seqlens, embed_dim=self.embed_dim, causal=self.causal)
+        self._check_state(state, return_state)
         source = x if context is None else context
         valid = None if key_padding_mask is None else ~key_padding_mask
         query, key, value = self.q_proj(x), self.k_proj(source), self.v_proj(source)
@@ -251,9 +251,9 @@ class RaceAttention(nn.Module):
         key = key.unflatten(-1, (self.num_kv_heads, self.head_dim))
         value = value.unflatten(-1, (self.num_kv_heads, self.value_dim))
         if self.rope is not None:
-            position = _positions(key, valid, cu_seqlens, None if state is None else state.position)
+            position = positions(key, valid, cu_seqlens, None if state is None else state.position)
             key = rotate(key, position, self.rope)
-            query = rotate(query, position if context is None else _positions(query, None, None, None), self.rope)
+            query = rotate(query, position if context is None else positions(query, None, None, None), self.rope)
         result = race_attention(
             query,
             key,
@@ -355,44 +355,17 @@ class RaceAttention(nn.Module):
             passed = torch.full((key.shape[0],), key.shape[1], dtype=torch.int64, device=key.device)
         return passed if state is None else state.position + passed
 
-    def _check(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        key_padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: RaceAttentionState | None,
-        return_state: bool,
-    ) -> None:
-        for name, tokens in (("x", x), ("context", context)):
-            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.embed_dim):
-                raise ValueError(f"{name}: got shape {list(tokens.shape)}, allowed is [B, T, {self.embed_dim}]")
-        if context is not None:
-            if self.causal or cu_seqlens is not None:
-                why = "a causal layer" if self.causal else "cu_seqlens"
-                raise ValueError(f"context: got a tensor with {why}, allowed is None there")
-            if context.shape[0] != x.shape[0]:
-                raise ValueError(f"context: got batch {context.shape[0]}, allowed is that of x, {x.shape[0]}")
-        source = x if context is None else context
-        if key_padding_mask is not None:
-            if key_padding_mask.dtype != torch.bool:
-                raise TypeError(f"key_padding_mask: got {key_padding_mask.dtype}, allowed is bool (True is padding)")
-            if key_padding_mask.shape != source.shape[:2]:
-                raise ValueError(
-                    f"key_padding_mask: got shape {list(key_padding_mask.shape)}, allowed is {list(source.shape[:2])}"
-                )
-            if cu_seqlens is not None:
-                raise ValueError("key_padding_mask: got a mask with cu_seqlens, allowed is one of them")
+    def _check_state(self, state: RaceAttentionState | None, return_state: bool) -> None:
         if self.conv_size and not self.causal and (state is not None or return_state):
             raise ValueError("state: got one asked for or given, allowed is none for conv_size with causal=False")
-        if state is not None:
-            if not isinstance(state, RaceAttentionState):
-                raise TypeError(f"state: got {type(state).__name__}, allowed is RaceAttentionState")
-            if self.conv_size > 1 and (
-                state.conv is None or state.conv.shape[1:] != (self.conv_size - 1, sum(self._widths))
-            ):
-                given = None if state.conv is None else list(state.conv.shape)
-                raise ValueError(f"state: got conv {given}, allowed is [B, {self.conv_size - 1}, {sum(self._widths)}]")
+        if state is None:
+            return
+        if not isinstance(state, RaceAttentionState):
+            raise TypeError(f"state: got {type(state).__name__}, allowed is RaceAttentionState")
+        allowed = (self.conv_size - 1, sum(self._widths))
+        if self.conv_size > 1 and (state.conv is None or state.conv.shape[1:] != allowed):
+            given = None if state.conv is None else list(state.conv.shape)
+            raise ValueError(f"state: got conv {given}, allowed is [B, {allowed[0]}, {allowed[1]}]")
 
     def extra_repr(self) -> str:
         """The settings that are not seen in the submodules."""
@@ -418,60 +391,8 @@ class RaceAttention(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def multiscale_log_decay(heads: int, shortest: float = 16.0, longest: float | None = None) -> Tensor:
-    """log_decay [heads] of time constants log-spaced from ``shortest`` to 2048 tokens.
-
-    The last quarter of the heads (none of a single head) do not decay, or have the time constant ``longest``.
-    """
-    steady = max(1, heads // 4) if heads > 1 else 0
-    fading = heads - steady
-    exponent = torch.linspace(math.log2(shortest), 11.0, fading, dtype=torch.float64)
-    last = torch.full((steady,), 0.0 if longest is None else -1.0 / longest, dtype=torch.float64)
-    return torch.cat((-(2.0**-exponent), last))
-
-
-def _positions(x: Tensor, valid: Tensor | None, cu_seqlens: Tensor | None, offset: Tensor | None) -> Tensor:
-    """The position of each token in its own sequence, padding not counted: [B or 1, T]."""
-    index = torch.arange(x.shape[1], device=x.device)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(torch.int64)
-        row = row_of_token(cu_seqlens, x.shape[1])
-        start = cu_seqlens[:-1] if offset is None else cu_seqlens[:-1] - offset
-        return (index - start[row]).unsqueeze(0)
-    position = index.unsqueeze(0) if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
-    return position if offset is None else position + offset.unsqueeze(1)
-
-
 def _register(module: nn.Module, name: str, tensor: Tensor, learned: bool) -> None:
     if learned:
         module.register_parameter(name, nn.Parameter(tensor))
     else:
         module.register_buffer(name, tensor)
-
-
-def _size(name: str, given: int, least: int = 1, most: int | None = None) -> int:
-    if not isinstance(given, int) or isinstance(given, bool):
-        raise TypeError(f"{name}: got {given!r}, allowed is an integer")
-    if given < least or (most is not None and given > most):
-        raise ValueError(f"{name}: got {given}, allowed is {least} " + ("or more" if most is None else f"to {most}"))
-    return given
-
-
-def _number(name: str, given: float, above: float, most: float) -> float:
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
-        raise TypeError(f"{name}: got {given!r}, allowed is a number")
-    if not above < given <= most:
-        raise ValueError(f"{name}: got {given}, allowed is in ({above:g}, {most:g}]")
-    return float(given)
-
-
-def _check_decay(decay: float | str | None, causal: bool) -> float | str | None:
-    if decay is None:
-        return None
-    if not causal:
-        raise ValueError(f"decay: got {decay!r} with causal=False, allowed is None there: without order nothing decays")
-    if isinstance(decay, str):
-        if decay not in _DECAYS:
-            raise ValueError(f"decay: got {decay!r}, allowed is None, a number in (0, 1], or one of {_DECAYS}")
-        return decay
-    return _number("decay", decay, 0.0, 1.0)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .packing import row_of_token
+
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     """Rotates pairs (i, i + D/2) of each head by position * base**(-2i/D).
@@ -29,3 +31,15 @@ def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     left, right = x.to(dtype).chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+
+def positions(x: Tensor, valid: Tensor | None, cu_seqlens: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The position of each token in its own sequence, padding not counted: [B or 1, T]."""
+    index = torch.arange(x.shape[1], device=x.device)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64)
+        row = row_of_token(cu_seqlens, x.shape[1])
+        start = cu_seqlens[:-1] if offset is None else cu_seqlens[:-1] - offset
+        return (index - start[row]).unsqueeze(0)
+    position = index.unsqueeze(0) if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
+    return position if offset is None else position + offset.unsqueeze(1)

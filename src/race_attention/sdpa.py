@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import number
 from .attention import race_attention
 from .checks import is_tensor, shape_of
 
@@ -51,10 +52,7 @@ def scaled_dot_product_race(
         is_tensor(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name}: got shape {shape_of(x)}, allowed is [B, heads, T, size]")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p: got {dropout_p!r}, allowed is a number")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: got {dropout_p}, allowed is in [0, 1]")
+    number("dropout_p", dropout_p, 0.0, 1.0, "[]")
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise ValueError(
             f"enable_gqa: got False with {query.shape[1]} query and {key.shape[1]} key heads, allowed is True there"
