@@ -45,7 +45,7 @@ def in_a_process(code: str, **variables: str) -> subprocess.CompletedProcess:
 # ---- instruction sets ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_keeps_the_budgets(isa):
     """Every case and dtype, forward and backward, in a process that is told which instruction set to use."""
     if isa not in cpu_library.load().isas():

@@ -48,7 +48,7 @@ def why_not(call: Call) -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "avx512", "avx2" or "baseline"; RACE_ATTENTION_CPU_ISA names another, also "amx".
+    """The instruction set in use: "avx512", "avx2" or "baseline"; RACE_ATTENTION_CPU_ISA names another.
 
     Raises:
         OSError: the library was not built.

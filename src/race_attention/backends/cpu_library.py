@@ -19,8 +19,6 @@ ISA_VARIABLE = "RACE_ATTENTION_CPU_ISA"
 
 _FILE = "libracecpu.so"
 _FIELDS = 107
-#: Right, but no faster than AVX-512 yet (benchmarks/LOG.md): used where RACE_ATTENTION_CPU_ISA names it.
-_ONLY_BY_NAME = ("amx",)
 _RESULTS = {
     1: "not enough memory",
     3: "the shared library is of another version of the package; build it again",
@@ -65,7 +63,7 @@ class Library:
         runs = self.isas()
         wanted = os.environ.get(ISA_VARIABLE, "")
         if not wanted:
-            return [number for name, number in runs.items() if name not in _ONLY_BY_NAME][-1]
+            return list(runs.values())[-1]
         if wanted not in runs:
             raise OSError(f"{ISA_VARIABLE}: got {wanted!r}, allowed on this processor is one of {', '.join(runs)}")
         return runs[wanted]

@@ -201,7 +201,7 @@ class Causal : public Base<T> {
       }
       if (!only_state)
         for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) forward_queries(b, begin, h, rows, v);
-      this->add_to_state(state.w, state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over, kExactTokens);
+      this->add_to_state(state.w, state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over);
     }
   }
 
@@ -214,9 +214,9 @@ class Causal : public Base<T> {
     combine_both<T, Set<T>, Add<T>>(
         {{room.out, room.size.value},
          {room.pq, C, 1, state.w, room.size.ld, p.states},
-         {room.scores, C, 1, v.p, v.ld, b.count, false, kExactTokens},
+         {room.scores, C, 1, v.p, v.ld, b.count},
          true},
-        b.count, {{state.w, room.size.ld, state.sum, b.over}, {room.pk, 1, C, v.p, v.ld, b.count, false, kExactTokens}, {}, false}, p.states,
+        b.count, {{state.w, room.size.ld, state.sum, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, false}, p.states,
         room.size.value, &room.ahead);
     this->add_masses(state.w, state.sum, room.pk, b.count, nullptr, b.over);
     this->store(a.out, row.q0, b, g, a.value_dim, room.size.value, room.inverse);
@@ -228,7 +228,7 @@ class Causal : public Base<T> {
     this->score(b.count, rows);
     this->denominators(w, rows, b.count);
     set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states},
-                   {room.scores, C, 1, v.p, v.ld, b.count, false, kExactTokens}, true, &room.ahead);
+                   {room.scores, C, 1, v.p, v.ld, b.count}, true, &room.ahead);
     this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
   }
 
@@ -257,7 +257,7 @@ class Causal : public Base<T> {
       take_keys(b, begin, rows, room.stashed ? &room.key_slopes : nullptr);
       const Tile<T> v = this->load_values(b, rows);
       for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, begin, h, rows, v);
-      this->add_to_state(room.state->w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over, kExactTokens);
+      this->add_to_state(room.state->w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
     }
     this->add_hash_gradients(slot, 0);
   }
@@ -270,9 +270,8 @@ class Causal : public Base<T> {
     this->score(b.count, rows);
     this->denominators(w, rows, b.count);
     this->drop_gradients_out_of_range(b.count);
-    const Right<T> right = right_rows<T>(grad.p, grad.ld, rows, room.size.value, kExactTokens);
-    dots<T>(room.other, C, v.p, v.ld, b.count, right, room.size.value, kExactTokens);
-    dots<T>(room.dphi, C, w, room.size.ld, p.states, right, room.size.value, false, &room.ahead);
+    dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value);
+    dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
       const V<T> dot = this->column_dot(room.pq, room.dphi, t, p.states) +
                        this->column_dot(room.scores, room.other, t, b.count);  // dout_i . num_i
@@ -331,7 +330,7 @@ class Causal : public Base<T> {
       take_queries(b, run_begin, h, rows, nullptr);
       take_grad_out(b, h, rows);
       this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, room.size.value, b.count,
-                         room.den_adjoint, T(1), false);
+                         room.den_adjoint, T(1));
     }
   }
 
@@ -343,7 +342,7 @@ class Causal : public Base<T> {
     const bool single = p.heads_a_group == 1;
     // dv is gathered in `grad`: `out` is needed for dk before all heads are done.
     if (!single) set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
-    dots<T>(room.dphi, C, w, ld, p.states, right_rows<T>(v.p, v.ld, rows, Vp, kExactTokens), Vp, false, &room.ahead);
+    dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
     for (i64 s = 0; s < p.states; ++s)
       for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
     for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
@@ -351,14 +350,14 @@ class Causal : public Base<T> {
       take_grad_out(b, h, rows);
       this->score(b.count, rows);
       if (!single) add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
-      dots<T>(room.other, C, room.scaled, Vp, b.count, right_rows<T>(v.p, v.ld, rows, Vp, kExactTokens), Vp, false);
+      dots<T>(room.other, C, room.scaled, Vp, b.count, v.p, v.ld, rows, Vp);
       for (i64 i = 0; i < b.count; ++i)
         for (i64 j = 0; j < rows; ++j) room.other[i * C + j] = j <= i ? room.other[i * C + j] + room.den_adjoint[i] : T(0);
       add_product<T>(room.dphi, C, p.states, rows, {room.pq, 1, C, room.other, C, b.count});
       if (single)
         value_gradients(b);
       else
-        this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1), false);
+        this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
     }
     if (a.dv.data)
       store_tile<T>(p, a.dv, row.batch, row.k0 + b.begin, g, b.count, a.value_dim, room.grad, Vp, nullptr);

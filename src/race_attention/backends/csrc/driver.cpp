@@ -48,7 +48,7 @@ void ask_for_large_pages(const Tokens& x, i64 tokens, i64 heads, i64 size, i64 b
 
 class Call {
  public:
-  explicit Call(const Args& args) : a(args), kernels(isa_kernels(static_cast<int>(args.isa), static_cast<Store>(args.store))) {
+  explicit Call(const Args& args) : a(args), kernels(isa_kernels(static_cast<int>(args.isa))) {
     p.a = &a;
     p.heads_a_group = a.heads / a.groups;
     p.buckets = i64(1) << a.planes;

@@ -118,7 +118,7 @@ class Full : public Base<T> {
       blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
         take_keys(b, rows, nullptr);
         const Tile<T> v = this->load_values(b, rows);
-        this->add_to_state(room.state->sum, nullptr, room.pk, v.p, v.ld, b.count, nullptr, T(1), kExactTokens);
+        this->add_to_state(room.state->sum, nullptr, room.pk, v.p, v.ld, b.count, nullptr, T(1));
       });
       room.state->end_run();
     }
@@ -157,7 +157,7 @@ class Full : public Base<T> {
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
     this->denominators(w, rows, 0);
     this->drop_gradients_out_of_range(b.count);
-    dots<T>(room.dphi, C, w, ld, p.states, right_rows<T>(grad.p, grad.ld, rows, Vp, kExactTokens), Vp, false, &room.ahead);
+    dots<T>(room.dphi, C, w, ld, p.states, grad.p, grad.ld, rows, Vp, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
       const V<T> dot = this->column_dot(room.pq, room.dphi, t, p.states);
       const V<T> inverse = load(room.inverse + t);
@@ -171,7 +171,7 @@ class Full : public Base<T> {
     for (i64 i = 0; i < b.count; ++i)
       for (i64 d = 0; d < Vp; d += W<T>)
         put<T>(room.scaled + i * Vp + d, load(grad.row(i) + d) * room.inverse[i]);
-    this->add_to_state(room.adjoint->sum, nullptr, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1), false);
+    this->add_to_state(room.adjoint->sum, nullptr, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
     if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, room.slopes, x, a.dq, row.q0, b, h, rows);
   }
 
@@ -188,7 +188,7 @@ class Full : public Base<T> {
         }
         if (!a.dk.data && !this->wants_hash()) return;
         const Tile<T> v = this->load_values(b, rows);
-        dots<T>(room.dphi, C, w, ld, p.states, right_rows<T>(v.p, v.ld, rows, Vp, kExactTokens), Vp, false, &room.ahead);
+        dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
         for (i64 s = 0; s < p.states; ++s)
           for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
         this->hash_gradients(room.pk, room.slopes, x, a.dk, row.k0, b, g, rows);

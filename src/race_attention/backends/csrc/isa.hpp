@@ -10,7 +10,6 @@ namespace race {
 
 int isa_count();
 bool isa_runs(int isa);
-// The kernels of an instruction set for tokens stored so: AMX has none but for bfloat16, where AVX-512's serve.
-const Kernels& isa_kernels(int isa, Store store);
+const Kernels& isa_kernels(int isa);
 
 }  // namespace race

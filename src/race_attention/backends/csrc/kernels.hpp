@@ -56,19 +56,6 @@ void work_of(const Problem& p, const Work& work, void* scratch) {
   }
 }
 
-#ifdef RACE_TILES  // bfloat16 only: other calls have the kernels of AVX-512
-std::size_t scratch_bytes(const Problem& p) { return scratch_of<float>(p); }
-std::size_t packed_bytes(const Problem& p) {
-  return static_cast<std::size_t>(p.a->groups * p.projections * sizes<float>(p).dim) * sizeof(float);
-}
-void pack(const Problem& p, void* to) { pack_of<float>(p, static_cast<float*>(to)); }
-void work(const Problem& p, const Work& w, void* scratch) {
-  tiles_begin();
-  work_of<float>(p, w, scratch);
-  tiles_end();
-  finish_streams();
-}
-#else
 bool wide(const Problem& p) { return p.a->store == kFloat64; }
 std::size_t scratch_bytes(const Problem& p) { return wide(p) ? scratch_of<double>(p) : scratch_of<float>(p); }
 std::size_t packed_bytes(const Problem& p) {
@@ -83,7 +70,6 @@ void work(const Problem& p, const Work& w, void* scratch) {
   wide(p) ? work_of<double>(p, w, scratch) : work_of<float>(p, w, scratch);
   finish_streams();
 }
-#endif
 
 }  // namespace
 

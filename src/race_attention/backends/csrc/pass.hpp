@@ -216,9 +216,8 @@ class Base {
   }
 
   // state += buckets^T rows: values here, masses `weight` (1 where null) besides.
-  void add_to_state(T* w, T* second, const T* buckets, const T* rows, i64 ld, i64 count, const T* weight, T factor,
-                    bool exact) {
-    add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count, false, exact}, factor, second, &room.ahead);
+  void add_to_state(T* w, T* second, const T* buckets, const T* rows, i64 ld, i64 count, const T* weight, T factor) {
+    add_product<T>(w, room.size.ld, p.states, room.size.value, {buckets, 1, C, rows, ld, count}, factor, second, &room.ahead);
     add_masses(w, second, buckets, count, weight, factor);
   }
   void add_masses(T* w, T* second, const T* buckets, i64 count, const T* weight, T factor) {
@@ -251,7 +250,7 @@ class Base {
   }
 
   // den[i] = pq_i . mass, and with `inside` what the block's own keys add; inverse[i] = 1 / den[i], or 0 where no key
-  // is seen. An output does not change when pq_i is scaled: where den is so small that 1 / den or its square would
+  // is seen (NaN stays NaN). An output does not change when pq_i is scaled: where den is so small that 1 / den would
   // overflow (10 planes, all of opposite signs; or decay), pq_i, its scores and den are scaled by lift[i].
   void denominators(const T* w, i64 rows, i64 inside) {
     bool any = false;
@@ -262,7 +261,7 @@ class Base {
       for (i64 j = 0; j < inside; ++j) part[j & 3] += load(room.scores + j * C + t);
       const V<T> den = (part[0] + part[1]) + (part[2] + part[3]);
       put(room.den + t, den);
-      put(room.inverse + t, select<T>(den > T(0), T(1) / den, V<T>{}));
+      put(room.inverse + t, select<T>(den <= T(0), V<T>{}, T(1) / den));
       put(room.lift + t, splat<T>(1));
     }
     for (i64 i = 0; i < rows; ++i) any |= (room.den[i] > 0) & (room.den[i] < kSmall);
@@ -318,7 +317,7 @@ class Base {
       store(to, first, b, h, a.dim, room.size.dim);
     }
     if (a.dplanes)
-      add_product<T>(room.dw, room.size.dim, p.projections, room.size.dim, {room.dy, 1, C, x.p, x.ld, b.count, false, kExactTokens});
+      add_product<T>(room.dw, room.size.dim, p.projections, room.size.dim, {room.dy, 1, C, x.p, x.ld, b.count});
   }
 };
 

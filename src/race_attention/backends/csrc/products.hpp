@@ -113,7 +113,6 @@ struct Pair {
   i64 xk, xi;
   const T* rows;
   i64 ld, k;
-  bool exact_x = false, exact_rows = false;  // whether they are bfloat16 numbers already
 };
 
 template <class T, int M, int N>
@@ -197,27 +196,9 @@ struct Combine {
   }
 };
 
-}  // namespace
-}  // namespace RACE_NAMESPACE
-}  // namespace race
-
-#ifdef RACE_TILES
-#include "tiles.hpp"
-#endif
-
-namespace race {
-namespace RACE_NAMESPACE {
-namespace {
-
-// Fewer columns or rows are no work for tiles.
-constexpr i64 kTileColumns = 32, kTileRows = 8;
-
 // For m rows i and `columns` columns (a multiple of W), lanes along columns: both pairs' sums, into `into`.
 template <class T, class Into>
 __attribute__((noinline)) void combine(const Combine<T, Into>& c, i64 m, i64 columns, Ahead* ahead) {
-#ifdef RACE_TILES
-  if (columns >= kTileColumns) return tile_combine(c, m, columns, ahead);
-#endif
   const Combine<T, Into> copy = c;
   i64 column = 0;
   for (; column + 2 * W<T> <= columns; column += 2 * W<T>) {
@@ -230,9 +211,6 @@ __attribute__((noinline)) void combine(const Combine<T, Into>& c, i64 m, i64 col
 template <class T, class Into, class Also>
 __attribute__((noinline)) void combine_both(const Combine<T, Into>& c, i64 m, const Combine<T, Also>& d, i64 n,
                                             i64 columns, Ahead* ahead) {
-#ifdef RACE_TILES
-  if (columns >= kTileColumns) return tile_combine_both(c, m, d, n, columns, ahead);
-#endif
   const Combine<T, Into> one = c;
   const Combine<T, Also> two = d;
   i64 column = 0;
@@ -246,37 +224,6 @@ __attribute__((noinline)) void combine_both(const Combine<T, Into>& c, i64 m, co
     one.template panel<1>(m, column);
     two.template panel<1>(n, column);
   }
-}
-
-// Rows that others are multiplied with, once or more.
-template <class T>
-struct Right {
-  const T* p;
-  i64 ld, rows;
-  bool exact;
-  const std::uint16_t* tiles;
-};
-template <class T>
-RACE_INLINE Right<T> right_rows(const T* p, i64 ld, i64 rows, i64 d, bool exact, bool for_tiles = true) {
-  Right<T> right{p, ld, rows, exact, nullptr};
-#ifdef RACE_TILES
-  if (for_tiles) {
-    make_right(tile_room.right, p, ld, d, exact);
-    right.tiles = tile_room.right;
-  }
-#else
-  (void)d, (void)for_tiles;
-#endif
-  return right;
-}
-template <class T>
-RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const Right<T>& right, i64 d, bool exact_left,
-                      Ahead* ahead = nullptr) {
-#ifdef RACE_TILES
-  if (right.tiles) return tile_dots(out, ldo, left, ldl, na, right.tiles, d, exact_left, right.exact, ahead);
-#endif
-  (void)exact_left;
-  dots<T>(out, ldo, left, ldl, na, right.p, right.ld, right.rows, d, ahead);
 }
 
 template <class T>

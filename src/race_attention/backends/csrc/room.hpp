@@ -189,11 +189,6 @@ struct Room {
     for (T** a : of_tokens) *a = cut.take<T>(C);
     dw = cut.take<T>(LP * size.dim);
     dbeta = cut.take<T>(W<T>);
-#ifdef RACE_TILES
-    const i64 tiles = most_tiles(S, LP, max_of(size.dim, size.value)) * kTile;
-    tile_room = {cut.take<std::uint16_t>(tiles), cut.take<std::uint16_t>(tiles), cut.take<std::uint16_t>(tiles),
-                 cut.take<float>(512)};
-#endif
     stash_stride = C * (S * (1 + p.heads_a_group) + 4 * LP);
     const bool wanted = p.inverse != nullptr && stash_stride * (run / C) <= kMostStash;
     stash = cut.take<T>(wanted ? kMostStash : 0);

@@ -198,9 +198,9 @@ template <class T>
 RACE_INLINE V<T> select(IV<T> mask, V<T> yes, V<T> no) {
   return mask ? yes : no;
 }
-// exp(x) for x <= 0: within 1 ulp, and at least exp(-87) (float32) or exp(-708) (float64), which stand for 0.
+// exp(x) for x <= 0: within 1 ulp, and at least exp(-87) (float32) or exp(-708) (float64), which stand for 0; NaN of NaN.
 RACE_INLINE V<float> exp_negative(V<float> x) {
-  x = select<float>(x > -87.0f, x, splat<float>(-87.0f));
+  x = select<float>(x < -87.0f, splat<float>(-87.0f), x);
   const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
   V<float> shifted = x * 1.44269504088896341f + magic;
   V<float> n = shifted - magic;
@@ -217,7 +217,7 @@ RACE_INLINE V<float> exp_negative(V<float> x) {
 }
 
 RACE_INLINE V<double> exp_negative(V<double> x) {
-  x = select<double>(x > -708.0, x, splat<double>(-708.0));
+  x = select<double>(x < -708.0, splat<double>(-708.0), x);
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
   V<double> shifted = x * 1.4426950408889634074 + magic;
   V<double> n = shifted - magic;

@@ -8,11 +8,6 @@ namespace RACE_NAMESPACE {
 namespace {
 
 constexpr int C = 16;  // tokens a block: a multiple of every W
-#ifdef RACE_TILES
-constexpr bool kExactTokens = true;  // tokens are bfloat16, and tiles of them in float32 as well
-#else
-constexpr bool kExactTokens = false;  // of no consequence
-#endif
 
 // ---- in and out -----------------------------------------------------------------------------------------
 
@@ -160,8 +155,7 @@ __attribute__((noinline)) void hash(const Hash<T>& f, Tile<T> x, i64 rows, const
                                     const Slopes<T>* slopes, Ahead* ahead) {
   const T floor = T(1) / 8192;
   const i64 projections = f.tables * f.planes;
-  const Right<T> right = right_rows<T>(x.p, x.ld, rows, f.padded_dim, kExactTokens, projections >= kTileRows);
-  dots<T>(y, C, f.w, f.padded_dim, projections, right, f.padded_dim, false, ahead);
+  dots<T>(y, C, f.w, f.padded_dim, projections, x.p, x.ld, rows, f.padded_dim, ahead);
   for (i64 t = 0; t < rows; t += W<T>)
     for (i64 l = 0; l < f.tables; ++l) {
       T* table = phi + l * f.buckets * C + t;
