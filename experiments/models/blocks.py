@@ -143,7 +143,7 @@ def init_weights(model: nn.Module, layers: int, mixer_init: str = "own") -> None
             if _owned_by_mixer(name, model) and (mixer_init == "own" or name.endswith("decay_proj")):
                 continue
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if name.endswith(("mlp.down", "mixer.out", "mixer.out_proj")):
+            if name.endswith(("mlp.down", "mixer.out", "mixer.out_proj", "mixer.layer.o_proj")):
                 nn.init.normal_(module.weight, std=(module.in_features * 2 * layers) ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
