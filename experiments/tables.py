@@ -31,6 +31,7 @@ class Row:
         name: of the method.
         split, metric, higher_is_better: of the scores.
         scores: one a seed that did not fail.
+        validation: the scores of the same seeds on the validation set; empty where ``scores`` are those.
         parameters: of the model.
         chosen: the setting that the scores are of; "" without a search.
         tried: setting -> validation score with seed 0, None where it failed.
@@ -48,6 +49,7 @@ class Row:
     metric: str = "accuracy"
     higher_is_better: bool = True
     scores: tuple[float, ...] = ()
+    validation: tuple[float, ...] = ()
     parameters: int = 0
     chosen: str = ""
     tried: tuple[tuple[str, float | None], ...] = ()
@@ -131,6 +133,7 @@ def _row(
         metric=results[0]["metric"],
         higher_is_better=higher,
         scores=tuple(result["best"][split] for result in good),
+        validation=tuple(result["best"]["valid"] for result in good) if split == "test" else (),
         parameters=results[0]["parameters"],
         chosen=chosen,
         tried=tuple(sorted(tried, key=lambda one: _number(one[0]))),
@@ -170,36 +173,57 @@ def score(row: Row) -> str:
         return f"({row.missing})"
     if row.mean is None:
         return "failed, see below"
-    spread = f" ± {shown(statistics.stdev(row.scores), row.metric)}" if len(row.scores) > 1 else ""
-    return shown(row.mean, row.metric) + spread
+    return spread(row.scores, row.metric)
+
+
+def spread(scores: Sequence[float], metric: str) -> str:
+    """Mean and standard deviation; nothing where there is no score."""
+    if not scores:
+        return ""
+    deviation = f" ± {shown(statistics.stdev(scores), metric)}" if len(scores) > 1 else ""
+    return shown(statistics.fmean(scores), metric) + deviation
 
 
 def markdown(rows: Sequence[Row], title: str) -> str:
     """A table in Markdown, its failures below it."""
     run = [row for row in rows if row.missing is None]
-    with_paper = any(row.paper is not None for row in rows)
-    with_speed = any(row.milliseconds is not None for row in rows)
-    with_search = any(row.chosen for row in rows)
+    shape = _Columns(
+        paper=any(row.paper is not None for row in rows),
+        validation=any(row.validation for row in rows),
+        search=any(row.chosen for row in rows),
+        speed=any(row.milliseconds is not None for row in rows),
+    )
     unit = f"{run[0].split} {run[0].metric}" + (", %" if run[0].metric == "accuracy" else " a byte")
-    heads = ["method", unit, *(["paper"] if with_paper else []), "seeds", "parameters"]
-    heads += [*(["tried, validation"] if with_search else []), *(["ms / step"] if with_speed else [])]
-    heads += ["s / run", "memory, GB"]
+    heads = ["method", unit, *(["validation"] if shape.validation else []), *(["paper"] if shape.paper else [])]
+    heads += ["seeds", "parameters", *(["tried, validation of seed 0"] if shape.search else [])]
+    heads += [*(["ms / step"] if shape.speed else []), "s / run", "memory, GB"]
     lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    lines += ["| " + " | ".join(_cells(row, with_paper, with_search, with_speed)) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cells(row, shape)) + " |" for row in rows]
     devices = sorted({d for r in run for d in r.devices})
     lines += ["", "Mean and standard deviation over seeds, on " + ", ".join(devices) + "."]
-    if with_search:
+    if shape.search:
         lines += ["The setting in bold was best on the validation set with seed 0; the score is of it."]
     lines += [f"- {row.name}, {error}" for row in rows for error in row.errors]
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row, with_paper: bool, with_search: bool, with_speed: bool) -> list[str]:
-    cells = [row.name, score(row), *([("" if row.paper is None else f"{row.paper:g}")] if with_paper else [])]
+@dataclass(frozen=True)
+class _Columns:
+    """Which of the columns that not every table has are there."""
+
+    paper: bool
+    validation: bool
+    search: bool
+    speed: bool
+
+
+def _cells(row: Row, shape: _Columns) -> list[str]:
+    cells = [row.name, score(row), *([spread(row.validation, row.metric)] if shape.validation else [])]
+    cells += [("" if row.paper is None else f"{row.paper:g}")] if shape.paper else []
     if row.missing is not None:
-        return cells + [""] * (4 + with_search + with_speed)
-    cells += [str(len(row.scores)), f"{row.parameters:,}", *([_tried(row)] if with_search else [])]
-    if with_speed:
+        return cells + [""] * (4 + shape.search + shape.speed)
+    cells += [str(len(row.scores)), f"{row.parameters:,}", *([_tried(row)] if shape.search else [])]
+    if shape.speed:
         cells.append("" if row.milliseconds is None else f"{row.milliseconds:.1f}")
     return [*cells, f"{row.seconds:.1f}", f"{row.memory_gb:.2f}"]
 
