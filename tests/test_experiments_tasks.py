@@ -386,7 +386,7 @@ def test_tables_take_the_test_score_at_the_best_validation_step(data, tmp_path):
     rows = read_table(tmp_path / "t")
     assert rows[0].scores == (0.8, 0.9)
     text = markdown(rows, "t")
-    assert "| row | 85.00 ± 7.07 | 2 | 1,000 | 2.0 | 1.00 |" in text
+    assert "| row | 85.00 ± 7.07 | 70.00 ± 0.00 | 2 | 1,000 | 2.0 | 1.00 |" in text
     assert "- row, seed 2: diverged" in text
     plot(rows, "t", tmp_path / "t.png")
     (tmp_path / "t/row/seed-0.json").write_text("{}")
@@ -496,6 +496,6 @@ def test_documentation_shows_tables_and_what_has_none(monkeypatch, tmp_path):
     searched(tmp_path / "experiments/results/t", "a", 0, 1.0, 2.0)
     page = hooks.on_page_markdown("<!-- accuracy: t | A title -->\n\n<!-- accuracy: u | Another -->")
     assert "### A title\n\n| method |" in page
-    assert "| a | 2.0000 | 1 |" in page
+    assert "| a | 2.0000 | 1.0000 | 1 |" in page
     assert "| b | (not run yet" in page
     assert "### Another\n\n*Not run yet" in page
