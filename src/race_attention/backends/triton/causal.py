@@ -26,6 +26,7 @@ from .narrow import (
     block_decay,
     buckets_of,
     by_bucket,
+    chunk_at,
     fading,
     features_at,
     hashed,
@@ -34,6 +35,8 @@ from .narrow import (
     load_mass,
     load_sums,
     rows_at,
+    running_decay,
+    store_chunk,
     store_features,
     store_mass,
     store_sums,
@@ -46,18 +49,19 @@ NEVER_SPECIALIZED += ["mb", "mt", "mh", "gb", "gt", "gh"]
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] not in "qo"])
 def key_states_kernel(
-    key, value, key_mask, log_decay, planes, beta, table, states, totals, key_features,
+    key, value, key_mask, log_decay, planes, beta, table, states, totals, key_features, inner, marks, fades,
     kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The state that each run of keys alone leaves (programs: runs * G), and its total log decay.
 
-    Leaves phi_k, [B, G, T, SW], zero where a key takes no part, for :func:`readout_kernel`.
+    Leaves for the kernels that follow phi_k, [B, G, T, SW], zero where a key takes no part; and of each chunk, where
+    there are chunks, the sums before it, its log decay since the run's start and ``fades`` (see plan.py).
     """
     S: tl.constexpr = L << P
     TILED: tl.constexpr = SP <= 32  # a sum over the tokens of a block at the end alone
@@ -70,6 +74,12 @@ def key_states_kernel(
     key_mask += batch * mb + group * mh + start * mt
     log_decay += batch * gb + group * gh + start * gt
     key_features += ((batch * G + group) * T + start) * SW
+    if CH > 0:
+        place = chunk_at(batch, row, start, T, CH, PACKED) * G + group
+        so_far = tl.zeros([], tl.float32)
+        if HAS_DECAY:
+            fades += (batch * G + group) * T + start
+            in_chunk = tl.zeros([], tl.float32)
     b = tl.load(beta + group)
     hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
     corners = load_corners(P, N, SP, PRECISION)
@@ -78,6 +88,13 @@ def key_states_kernel(
     mass = tl.zeros([C, SP] if TILED else [SP], tl.float32)
     total = tl.zeros([], tl.float64)
     for t in range(0, count, C):
+        if CH > 0:
+            if t % CH == 0:
+                now = tl.sum(mass, 0) if TILED else mass
+                store_chunk(inner, marks, place, sums, now, so_far, S, SP, SW, V, VP, PRECISION)
+                place += G
+                if HAS_DECAY:
+                    in_chunk = tl.zeros([], tl.float32)
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         k = rows_at(key, kt, t, inside, C, D, DP, ALIGNED)
         v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
@@ -85,7 +102,14 @@ def key_states_kernel(
         phi = tl.where(inside[:, None], phi, 0.0)
         store_features(key_features, t, tl.arange(0, C) < count - t, operand(phi, PRECISION), C, SP, SW)
         if HAS_DECAY:
-            whole, part, since, left, kept, log_kept = block_decay(log_decay, gt, t, count, C, PRECISION)
+            if CH > 0:
+                fade, left, log_kept = running_decay(log_decay, gt, t, count, C)
+                tl.store(fades + t + tl.arange(0, C), in_chunk + fade, mask=tl.arange(0, C) < count - t)
+                kept = tl.exp(log_kept)
+                in_chunk += log_kept
+                so_far += log_kept
+            else:
+                whole, part, since, left, kept, log_kept = block_decay(log_decay, gt, t, count, C, PRECISION)
             phi *= left[:, None]
             sums *= kept
             mass *= kept

@@ -21,7 +21,8 @@ class Problem:
     """The tensors of a call as the kernels read them, and its shape class.
 
     ``inverses`` are 1 / denominators, [B, H, Tq], which the forward pass fills and the backward pass reads where it
-    has any, as it reads ``out`` or ``features``, the keys' buckets [B, G, Tk, row].
+    has any, as it reads ``out`` or ``features``, the keys' buckets [B, G, Tk, row], and ``inner``, ``marks`` and
+    ``fades`` of chunks (see :mod:`race_attention.backends.triton.plan`).
     """
 
     query: Tensor
@@ -39,6 +40,9 @@ class Problem:
     out: Tensor | None = None
     inverses: Tensor | None = None
     features: Tensor | None = None
+    inner: Tensor | None = None
+    marks: Tensor | None = None
+    fades: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value = map(_unit_stride, (self.query, self.key, self.value))

@@ -35,8 +35,10 @@ def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
             causal.key_states_kernel, (runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
             pointer_or(runs.table, p.beta), states, totals, p.features,
+            p.inner, p.marks, p.fades,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, **options(p, "causal_key_states"),
+            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, CH=p.shape.chunk,
+            **options(p, "causal_key_states"),
         )  # fmt: skip
     return states, totals
 

@@ -20,6 +20,7 @@ from .device import (
     inverse_of,
     load_decay,
     log2_of,
+    operand,
     sides,
     whole_rows,
 )
@@ -98,6 +99,29 @@ def store_sums(base, sums, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, V
 def store_mass(base, mass, S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr):
     s = tl.arange(0, SP)
     tl.store(base + S * V + s, mass, mask=s < S)
+
+
+@triton.jit
+def chunk_at(batch, row, t, T, CH: tl.constexpr, PACKED: tl.constexpr):
+    """The place of the chunk that begins at token t of all, int64, see plan.py."""
+    first = row if PACKED else batch * ((T + (CH - 1)) // CH)
+    return first + t // CH
+
+
+@triton.jit
+def store_chunk(
+    inner, marks, place, sums, mass, log_kept,
+    S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes value sums [VP, SP], masses [SP] and the log decay so far of a run as of a chunk's first token."""
+    s = tl.arange(0, SP)
+    v = tl.arange(0, VP)
+    mask = (v < V)[:, None] & (s < SW)[None, :]
+    tl.store((inner + place * (V * SW)) + (v[:, None] * SW + s[None, :]), operand(sums, PRECISION), mask=mask)
+    marks += place * (SW + 8)
+    tl.store(marks + s, mass, mask=s < SW)
+    i = tl.arange(0, 8)
+    tl.store(marks + SW + i, tl.where(i == 0, log_kept, 0.0))
 
 
 @triton.jit
@@ -275,6 +299,17 @@ def block_decay(base, stride, start, end, C: tl.constexpr, PRECISION: tl.constex
         whole, part, all_whole, all_part = load_decay(base, stride, start, end, C)
         left = tl.exp((all_whole - whole) + (all_part - part))
         return whole, part, tl.exp(whole + part), left, tl.exp(all_whole + all_part), all_whole + all_part
+
+
+@triton.jit
+def running_decay(base, stride, start, end, C: tl.constexpr):
+    """(running sums of log_decay over a block, what each token keeps at its end, [C] each; the sum of all)."""
+    c = tl.arange(0, C)
+    x = tl.load(base + (start + c) * stride, mask=start + c < end, other=0.0).to(tl.float32)
+    x = tl.maximum(x, -88.0)
+    fade = tl.cumsum(x, 0)
+    total = tl.sum(x, 0)
+    return fade, tl.exp(total - fade), total
 
 
 @triton.jit

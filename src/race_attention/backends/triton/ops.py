@@ -2,7 +2,7 @@
 
 Nothing here imports Triton; the kernels come with the first launch. The forward pass keeps for the backward pass
 its inputs and the state before each run of tokens (causal) or of each row (not), float32; and where its kernels use
-them, the inverses of the denominators, and the keys' buckets or out.
+them, the inverses of the denominators, the keys' buckets, the sums before each chunk, or out.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _INPUTS = (
 )
 _library.define(
     f"triton_forward({_INPUTS}, Tensor? mass, Tensor? value_sum, bool causal) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"triton_backward(Tensor grad_out, Tensor? grad_mass, Tensor? grad_value_sum, {_INPUTS}, Tensor? final_mass, "
-    "Tensor? final_value_sum, Tensor? out, Tensor states, Tensor inverses, Tensor features, bool causal, "
-    "bool need_planes) "
+    "Tensor? final_value_sum, Tensor? out, Tensor states, Tensor inverses, Tensor features, "
+    "Tensor inner, Tensor marks, Tensor fades, bool causal, bool need_planes) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 triton_forward = torch.ops.race_attention.triton_forward.default
@@ -71,8 +71,11 @@ def _forward_kernels(
     mass: Tensor | None,
     value_sum: Tensor | None,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, final mass, final value_sum; for the backward pass states, inverses, features). Arguments as ``Call``."""
+) -> tuple[Tensor, ...]:
+    """(out, final mass, final value_sum; for the backward pass states, inverses, features, inner, marks, fades).
+
+    Arguments as ``Call``.
+    """
     from . import passes
 
     return passes.forward(
@@ -94,7 +97,7 @@ def _(
     mass: Tensor | None,
     value_sum: Tensor | None,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     batch, queries, heads = query.shape[:3]
     groups, value_dim = value.shape[2:]
     tables, planes = hyperplanes.shape[1:3]
@@ -107,6 +110,7 @@ def _(
         kept_states(query, value, hyperplanes, rows, causal),
         kept_inverses(query, value, hyperplanes, causal),
         kept_features(key, value, hyperplanes, causal),
+        *kept_chunks(key, value, hyperplanes, rows, log_decay is not None, cu_seqlens is not None, causal),
     )
 
 
@@ -140,6 +144,24 @@ def kept_features(key: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool)
     return key.new_empty(size, dtype=torch.bfloat16 if shape.precision == "bf16" else torch.float32)
 
 
+def kept_chunks(
+    key: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, decay: bool, packed: bool, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The buffers (inner, marks, fades) of chunks, see plan.py; empty where there are no chunks."""
+    shape = shape_of(key, value, hyperplanes)
+    batch, keys, groups = key.shape[:3]
+    chunk = shape.chunk if causal else 0
+    places = plan.chunk_places(batch, keys, rows, chunk, packed)
+    # Packed rows leave places between them: an operator's result is the same every time, all of it.
+    make = key.new_zeros if packed and chunk else key.new_empty
+    operand = torch.bfloat16 if shape.precision == "bf16" else torch.float32
+    return (
+        make((places, groups, shape.value_dim, shape.row), dtype=operand),
+        make((places, groups, shape.row + 8), dtype=torch.float32),
+        make((batch, groups, keys) if decay and chunk else (0,), dtype=torch.float32),
+    )
+
+
 def _backward_kernels(
     grad_out: Tensor,
     grad_mass: Tensor | None,
@@ -159,6 +181,9 @@ def _backward_kernels(
     states: Tensor,
     inverses: Tensor,
     features: Tensor,
+    inner: Tensor,
+    marks: Tensor,
+    fades: Tensor,
     causal: bool,
     need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -171,7 +196,7 @@ def _backward_kernels(
     return passes.backward(
         grad_out, grad_mass, grad_value_sum, query, key, value, hyperplanes, beta, log_decay, key_mask,
         cu_seqlens, cu_seqlens_key, final_mass, final_value_sum, out, states, inverses, features,
-        causal, need_planes,
+        inner, marks, fades, causal, need_planes,
     )  # fmt: skip
 
 
@@ -195,6 +220,9 @@ def _(
     states: Tensor,
     inverses: Tensor,
     features: Tensor,
+    inner: Tensor,
+    marks: Tensor,
+    fades: Tensor,
     causal: bool,
     need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import launch_causal, launch_causal_gradients, launch_full, launch_wide
 from .launch import ParameterSums, Problem, on
-from .ops import kept_features, kept_inverses, shape_of
+from .ops import kept_chunks, kept_features, kept_inverses, shape_of
 
 
 def _launches_of(problem: Problem, narrow: ModuleType) -> ModuleType:
@@ -22,15 +22,18 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None,
     key_mask: Tensor | None, bounds: Tensor | None, key_bounds: Tensor | None, mass: Tensor | None,
     value_sum: Tensor | None, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, final mass, final value_sum, states, inverses, features): what the operator ``triton_forward`` returns."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What the operator ``triton_forward`` returns: out, final mass and value_sum, and what the backward pass reads."""
     shape = shape_of(query, value, hyperplanes)
     p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
     p.inverses = kept_inverses(query, value, hyperplanes, causal)
     p.features = kept_features(key, value, hyperplanes, causal)
+    p.inner, p.marks, p.fades = kept_chunks(
+        key, value, hyperplanes, p.rows, log_decay is not None, bounds is not None, causal
+    )
     with on(query.device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p, launch_causal).forward(p, (mass, value_sum))
-    return *result, p.inverses, p.features
+    return *result, p.inverses, p.features, p.inner, p.marks, p.fades
 
 
 def backward(
@@ -38,7 +41,7 @@ def backward(
     value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None, key_mask: Tensor | None,
     bounds: Tensor | None, key_bounds: Tensor | None, final_mass: Tensor | None, final_value_sum: Tensor | None,
     out: Tensor | None, kept: Tensor, inverses: Tensor, features: Tensor,
-    causal: bool, need_planes: bool,
+    inner: Tensor, marks: Tensor, fades: Tensor, causal: bool, need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the operator ``triton_backward`` returns.
 
@@ -47,7 +50,7 @@ def backward(
     shape = shape_of(query, value, hyperplanes)
     p = Problem(
         query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape, grad_out,
-        out, inverses, features,
+        out, inverses, features, inner, marks, fades,
     )  # fmt: skip
     with on(query.device):
         sums = ParameterSums(p, need_planes)

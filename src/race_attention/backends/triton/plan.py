@@ -1,7 +1,24 @@
-"""How a call is cut up: bucket tiles, blocks, runs of tokens. Everything here is by shape class, or in the open.
+"""How a call is cut up: bucket tiles, blocks, chunks, runs. Everything here is by shape class, or in the open.
 
 A *shape class* is what a compiled kernel depends on: D, Dv, tables, planes, dtype. The length of a sequence only
 chooses how many blocks make a run, which the kernels take as an ordinary number.
+
+Causal calls of one tile of buckets keep what the keys of a run have summed up to each of its *chunks* of CH tokens,
+so that the blocks of a run wait for nothing of each other. A run is whole chunks, the last of a row excepted, and
+chunks count from a row's first token. The chunk that begins at token ``t`` of row ``r`` has the place
+
+    batch * ceil(T / CH) + t // CH        of equal lengths
+    r + t // CH                           packed, ``t`` counted from the first token of all rows: no two are the same
+
+of ``B * ceil(T / CH)``, or ``T // CH + rows``, in two buffers (S buckets, SW = ``Shape.row``):
+
+    inner  [places, G, Dv, SW]      operands' dtype  value sums, transposed: those of the run's tokens before the chunk
+    marks  [places, G, SW + 8]      float32          their masses; at SW the log decay of the run before the chunk
+
+both as of the chunk's first token, before its decay: the state there is ``exp(log decay) * before[run] + inner``. A
+run's first chunk has zeros. And with decay ``fades`` [B, G, T], float32: the sum of log_decay from the chunk's first
+token to this one, each token's at least -88, where float32 has forgotten all. Where ``Shape.chunk`` is 0 (float32
+inputs, whose blocks are too short for chunks), all three are empty, and programs carry the state along their run.
 """
 
 from __future__ import annotations
@@ -16,6 +33,8 @@ from . import configs
 
 #: States of at most this many more runs than long runs need are kept, so that short inputs fill a GPU too.
 EXTRA_RUNS = 512
+#: CH, tokens of a chunk, of 16-bit inputs. A state of S = 64 in a place then is half as much as a tensor's chunk.
+CHUNK = 128
 #: Tokens of a sub-run of the wide causal kernels: between two of them a state lies in memory, inside one all pairs of
 #: tokens are compared.
 SUB_RUN = 256
@@ -63,6 +82,11 @@ class Shape:
     @property
     def narrow(self) -> bool:
         return self.tiles == 1
+
+    @property
+    def chunk(self) -> int:
+        """CH, the tokens of a chunk; 0 where programs carry the state along their run."""
+        return CHUNK if self.narrow and self.dtype != torch.float32 else 0
 
     def rows_of(self, tile: int) -> int:
         """N for tiles of so many buckets."""
@@ -112,6 +136,7 @@ def run_lengths(shape: Shape, causal: bool = True) -> tuple[int, int]:
     if not shape.narrow:
         return min(blocks.values()), min(blocks.values())
     shortest = max(block for kernel, block in blocks.items() if kernel.startswith("full") != causal)
+    shortest = max(shortest, shape.chunk) if causal else shortest
     return shortest, 2 * configs.LONGEST_RUN if causal or shape.tile == 64 else configs.LONGEST_RUN
 
 
@@ -121,7 +146,7 @@ def options(shape: Shape, kernel: str, tiles: bool, aligned: bool, packed: bool)
     config = shape.config(kernel)
     return {
         **shape.constants(tiles),
-        "C": config.block,
+        "C": min(config.block, shape.chunk) if shape.chunk and kernel.startswith("causal") else config.block,
         "ALIGNED": aligned,
         "PACKED": packed,
         "num_warps": config.warps,
@@ -162,6 +187,13 @@ class Runs:
 def capacity(batch: int, tokens: int, rows: int, groups: int, longest: int) -> int:
     """Runs to keep room for. Linear in ``tokens // longest``: no branch on a length."""
     return rows + batch * (tokens // longest) + max(1, EXTRA_RUNS // groups)
+
+
+def chunk_places(batch: int, tokens: int, rows: int, chunk: int, packed: bool) -> int:
+    """Places for chunks. No branch on a length."""
+    if not chunk:
+        return 0
+    return tokens // chunk + rows if packed else batch * -(-tokens // chunk)
 
 
 def runs_of(batch: int, tokens: int, groups: int, shortest: int, longest: int, bounds: Tensor | None) -> Runs:
