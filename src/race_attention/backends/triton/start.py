@@ -10,17 +10,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: kernel, device, compile-time arguments, dtypes, alignment -> (compiled kernel, compile-time arguments in its order)
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 _NUMBERS = frozenset((int, float))
+
+
+class _Recording(threading.local):
+    """Who writes launches down, in this thread: see replay.py."""
+
+    launched: Callable[..., None] | None = None
+
+
+recording = _Recording()
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -36,6 +47,15 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
     unaligned: Any = [x.data_ptr() % 16 for x in tensors]
     unaligned = tuple(map(bool, unaligned)) if any(unaligned) else None
     key = kernel, args[0].get_device(), *options.values(), *[x.dtype for x in tensors], unaligned
+    if recording.launched is None:
+        _start(key, kernel, grid, args, options)
+        return
+    with _disable_current_modes():  # the interpreter calls operators of torch
+        _start(key, kernel, grid, args, options)
+    recording.launched(kernel, grid, args, options, _compiled.get(key))
+
+
+def _start(key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
     found = _compiled.get(key)
     if found is None:
         _start_first(key, kernel, grid, args, options)
