@@ -6,24 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from experiments.files import replacing
+from race_attention.state import write_atomically
 
 FORMAT = "race-experiment-1"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why."""
-
-
-def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file that a kill leaves as it was before or as it shall be."""
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
 
 
 def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
@@ -42,7 +36,8 @@ def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progres
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    write_atomically(path, tensors, {"format": FORMAT, "progress": json.dumps(progress)})
+    metadata = {"format": FORMAT, "progress": json.dumps(progress)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def load(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> dict[str, Any]:

@@ -31,8 +31,8 @@ import torch
 
 from experiments import config as configuration
 from experiments.config import ConfigError, check
-from experiments.files import replacing
 from experiments.run import OutOfTime, Run, read_rows
+from race_attention.state import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "experiments" / "configs"
@@ -290,9 +290,11 @@ class Batch:
 def bundle(results: Path, path: Path) -> int:
     """All results below ``results`` as one .tar.gz; returns how many."""
     files = sorted(results.rglob("seed-*.json"))
-    with replacing(path) as temporary, tarfile.open(temporary, "w:gz") as tar:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for file in files:
             tar.add(file, arcname=file.relative_to(results).as_posix())
+    write_atomically(path, packed.getvalue())
     return len(files)
 
 

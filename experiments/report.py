@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from experiments.files import replacing
+from race_attention.state import write_atomically
 
 
 def machine() -> dict[str, Any]:
@@ -86,8 +86,7 @@ class Metrics:
     def __init__(self, folder: Path, *, resume_at: int = 0, tensorboard: bool = False) -> None:
         path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(path) if r["step"] <= resume_at] if resume_at and path.exists() else []
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = None
         if tensorboard:

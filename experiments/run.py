@@ -25,13 +25,13 @@ from experiments import checkpoint
 from experiments import config as configuration
 from experiments.baselines.race import RaceMixer
 from experiments.config import ConfigError, check
-from experiments.files import replacing
 from experiments.models.blocks import ModelConfig, count_parameters
 from experiments.optim import lr_factor, make_adamw, set_lr
 from experiments.report import Bar, machine
 from experiments.step import TrainStep
 from experiments.tasks import make_task
 from experiments.train import pick_device
+from race_attention.state import write_atomically
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,7 @@ class Run:
             "curve": self.curve,
         }
         self.result_path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.result_path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(self.result_path, (json.dumps(result, indent=1) + "\n").encode())
         self.checkpoint_path.unlink(missing_ok=True)
         return result
 

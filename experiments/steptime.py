@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from experiments.config import ConfigError, check
-from experiments.files import replacing
 from experiments.report import machine
 from experiments.run import Run, RunConfig, read_rows
+from race_attention.state import write_atomically
 
 
 def milliseconds(config: RunConfig, *, data_dir: str | None, device: str, repeats: int = 5, steps: int = 10) -> float:
@@ -82,8 +82,7 @@ def _time_table(rows: dict[str, RunConfig], names: Sequence[str], given: argpars
         found["machine"] = machine()
         print(f"{rows[name].table}/{name}: {found['milliseconds'][name]} ms a step", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
+        write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

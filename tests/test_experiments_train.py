@@ -21,7 +21,6 @@ from experiments.config import ConfigError
 from experiments.data import Text, WindowSampler, evaluation_windows, load_text
 from experiments.data.local import DataError
 from experiments.data.text import load_novels, load_stdlib, stdlib_files
-from experiments.files import replacing
 from experiments.measure import gain_from_context, layer_times, loss_by_position, token_losses
 from experiments.models import DecoderLM, ModelConfig
 from experiments.ngrams import STRENGTHS, ngram_bits
@@ -363,15 +362,3 @@ def test_demo_in_its_smallest_size(tmp_path):
     assert numbers["held_out_bits"] < 8
     assert str(tmp_path / "demo.png") in shown
     assert "bigram" in shown
-
-
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        raise RuntimeError(temporary.write_text("half"))
-    assert path.read_text() == "old"
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
