@@ -156,7 +156,9 @@ def work() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         with open(request["log"], "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            print(json.dumps(_run_one(request)), file=replies, flush=True)
+            said = _run_one(request)
+            _forget()
+            print(json.dumps(said), file=replies, flush=True)
 
 
 def _run_one(request: dict[str, Any]) -> str:
@@ -177,10 +179,14 @@ def _run_one(request: dict[str, Any]) -> str:
     except Exception as error:  # whatever it is: the other jobs go on
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"
-    finally:
+
+
+def _forget() -> None:
+    """Frees what a run left, so that the next one's peak of memory is its own."""
+    if torch.cuda.is_available():
+        torch._dynamo.reset()  # compiled code holds the model
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 class Batch:

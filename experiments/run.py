@@ -286,7 +286,7 @@ class Run:
             "steps": self.step,
             "seconds": round(self.seconds, 3),
             "seconds_per_epoch": round(self.seconds / max(1, self.step) * self.epoch, 3),
-            "peak_memory_gb": _peak_memory_gb(self.device),
+            "peak_memory_gb": peak_memory_gb(self.device),
             "best": best,
             "final": self.curve[-1] if self.curve else None,
             "error": error,
@@ -303,7 +303,8 @@ def result_path(results: Path, config: RunConfig, seed: int) -> Path:
     return results / config.table / config.row / f"seed-{seed}.json"
 
 
-def _peak_memory_gb(device: torch.device) -> float:
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that tensors took since the start of the run; on a CPU, of the process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

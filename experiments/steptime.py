@@ -20,12 +20,14 @@ import torch
 
 from experiments.config import ConfigError, check
 from experiments.report import machine
-from experiments.run import Run, RunConfig, read_rows
+from experiments.run import Run, RunConfig, peak_memory_gb, read_rows
 from race_attention.state import write_atomically
 
 
-def milliseconds(config: RunConfig, *, data_dir: str | None, device: str, repeats: int = 5, steps: int = 10) -> float:
-    """The median over ``repeats`` of the mean time of ``steps`` steps, in milliseconds."""
+def measure(
+    config: RunConfig, *, data_dir: str | None, device: str, repeats: int = 5, steps: int = 10
+) -> tuple[float, float]:
+    """Milliseconds a step takes, the median over ``repeats`` of the mean of ``steps``; and the peak of memory in GB."""
     run = Run(config, 0, data_dir=data_dir, device=device, quiet=True)
     run.model.train()
     batches = [run.task.batch(i, config.batch) for i in range(steps)]
@@ -39,7 +41,7 @@ def milliseconds(config: RunConfig, *, data_dir: str | None, device: str, repeat
         return (time.perf_counter() - start) / steps * 1e3
 
     once()  # compiles, records the graph
-    return statistics.median(once() for _ in range(repeats))
+    return statistics.median(once() for _ in range(repeats)), peak_memory_gb(run.device)
 
 
 def _wait(device: torch.device) -> None:
@@ -71,14 +73,16 @@ def _time_table(rows: dict[str, RunConfig], names: Sequence[str], given: argpars
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"milliseconds": {}}
     for name in names:
         try:
-            found["milliseconds"][name] = round(
-                milliseconds(rows[name], data_dir=given.data_dir, device=given.device), 3
-            )
+            milliseconds, memory = measure(rows[name], data_dir=given.data_dir, device=given.device)
         except (ConfigError, torch.OutOfMemoryError) as error:  # a method that cannot run here
             print(f"{name}: {error}", flush=True)
             continue
         finally:
             gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        found["milliseconds"][name] = round(milliseconds, 3)
+        found.setdefault("memory_gb", {})[name] = memory
         found["machine"] = machine()
         print(f"{rows[name].table}/{name}: {found['milliseconds'][name]} ms a step", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ class Row:
         tried: setting -> validation score with seed 0, None where it failed.
         milliseconds: of a training step on a machine of its own, where ``speed.json`` has it.
         seconds: of the training runs, mean, on a machine that several runs shared.
-        memory_gb: peak.
+        memory_gb: peak; alone on the device where ``speed.json`` has it.
         devices: that the runs were on.
         errors: of failed seeds.
         missing: why there is no result; None where there is one.
@@ -92,8 +92,8 @@ def read_table(folder: Path, planned: Sequence[str] = ()) -> list[Row]:
     rows = []
     for name, settings in methods.items():
         if settings:
-            times = speed.get("milliseconds", {})
-            rows.append(_row(name, settings, paper.get(name), times.get(name)))
+            alone = [speed.get(key, {}).get(name) for key in ("milliseconds", "memory_gb")]
+            rows.append(_row(name, settings, paper.get(name), *alone))
         else:
             rows.append(Row(name, missing=missing.get(name, NOT_RUN), paper=paper.get(name)))
     return rows
@@ -114,7 +114,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _row(
-    name: str, settings: Mapping[str, list[dict[str, Any]]], paper: float | None, milliseconds: float | None
+    name: str,
+    settings: Mapping[str, list[dict[str, Any]]],
+    paper: float | None,
+    milliseconds: float | None,
+    memory_gb: float | None,
 ) -> Row:
     tried = []
     for setting, results in settings.items():
@@ -139,7 +143,7 @@ def _row(
         tried=tuple(sorted(tried, key=lambda one: _number(one[0]))),
         milliseconds=milliseconds,
         seconds=statistics.fmean(result["seconds"] for result in results),
-        memory_gb=max(result["peak_memory_gb"] for result in results),
+        memory_gb=memory_gb or max(result["peak_memory_gb"] for result in results),
         devices=tuple(sorted({r["machine"].get("gpu") or r["machine"]["cpu"] for r in results})),
         errors=tuple(f"{chosen or 'seed'} {r['seed']}: {r['error']}" for r in results if r["error"]),
         paper=paper,
