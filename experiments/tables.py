@@ -197,18 +197,22 @@ def markdown(rows: Sequence[Row], title: str) -> str:
         search=any(row.chosen for row in rows),
         speed=any(row.milliseconds is not None for row in rows),
     )
-    unit = f"{run[0].split} {run[0].metric}" + (", %" if run[0].metric == "accuracy" else " a byte")
+    unit = _unit(run[0]) if run else "score"
     heads = ["method", unit, *(["validation"] if shape.validation else []), *(["paper"] if shape.paper else [])]
     heads += ["seeds", "parameters", *(["tried, validation of seed 0"] if shape.search else [])]
     heads += [*(["ms / step"] if shape.speed else []), "s / run", "memory, GB"]
     lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     lines += ["| " + " | ".join(_cells(row, shape)) + " |" for row in rows]
     devices = sorted({d for r in run for d in r.devices})
-    lines += ["", "Mean and standard deviation over seeds, on " + ", ".join(devices) + "."]
+    lines += ["", "Mean and standard deviation over seeds, on " + ", ".join(devices) + "."] if run else []
     if shape.search:
         lines += ["The setting in bold was best on the validation set with seed 0; the score is of it."]
     lines += [f"- {row.name}, {error}" for row in rows for error in row.errors]
     return "\n".join(lines) + "\n"
+
+
+def _unit(row: Row) -> str:
+    return f"{row.split} {row.metric}" + (", %" if row.metric == "accuracy" else " a byte")
 
 
 @dataclass(frozen=True)

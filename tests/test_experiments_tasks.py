@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import importlib.util
 import itertools
 import json
 import math
@@ -17,6 +16,8 @@ from experiments.data import local
 from experiments.data.files import read_idx
 from experiments.data.local import DataError, read_checked
 from experiments.models import DecoderLM, HeadConfig, MaskedLM, ModelConfig, SequenceClassifier, VisionTransformer
+from experiments.page import main as page_main
+from experiments.page import rendered
 from experiments.recall_plot import curves
 from experiments.recall_plot import main as recall_main
 from experiments.run import OutOfTime, Run, RunConfig, main, merge, read_rows
@@ -485,17 +486,43 @@ def test_recall_is_drawn_against_the_size_of_the_state(tmp_path):
     assert (tmp_path / "m.svg").stat().st_size > 1000
 
 
-def test_documentation_shows_tables_and_what_has_none(monkeypatch, tmp_path):
-    pytest.importorskip("latex2mathml")
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "tools/docs_hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    monkeypatch.setattr(hooks, "ROOT", tmp_path)
-    (tmp_path / "experiments/configs").mkdir(parents=True)
-    (tmp_path / "experiments/configs/t.toml").write_text("[rows.a]\n[rows.b]\n")
-    searched(tmp_path / "experiments/results/t", "a", 0, 1.0, 2.0)
-    page = hooks.on_page_markdown("<!-- accuracy: t | A title -->\n\n<!-- accuracy: u | Another -->")
-    assert "### A title\n\n| method |" in page
+def test_a_page_shows_tables_and_what_has_none(tmp_path, capsys):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/t.toml").write_text("[rows.a]\n[rows.b]\n[rows.b-c]\n")
+    searched(tmp_path / "results/t", "a", 0, 1.0, 2.0)
+    text = "x\n<!-- accuracy: t | A title -->\nold\n<!-- end -->\n<!-- accuracy: u | Another | a -->\n<!-- end -->\ny\n"
+    page = rendered(text, tmp_path / "results", tmp_path / "configs")
+    assert page.startswith("x\n<!-- accuracy: t | A title -->\n\n### A title\n\n| method |")
+    assert "old" not in page
     assert "| a | 2.0000 | 1.0000 | 1 |" in page
     assert "| b | (not run yet" in page
     assert "### Another\n\n*Not run yet" in page
+    assert page.endswith("<!-- end -->\ny\n")
+    assert rendered(page, tmp_path / "results", tmp_path / "configs") == page
+    some = rendered(text.replace("A title", "A title | b* !*-c"), tmp_path / "results", tmp_path / "configs")
+    assert "| b | (not run yet" in some
+    assert "| a |" not in some
+    assert "| b-c |" not in some
+    with pytest.raises(ConfigError, match="no row"):
+        rendered(text.replace("A title", "A title | z"), tmp_path / "results", tmp_path / "configs")
+    (tmp_path / "p.md").write_text(text)
+    folders = ["--results", str(tmp_path / "results"), "--configs", str(tmp_path / "configs")]
+    with pytest.raises(SystemExit, match="1"):
+        page_main([str(tmp_path / "p.md"), "--check", *folders])
+    assert "not what the results say" in capsys.readouterr().err
+    page_main([str(tmp_path / "p.md"), *folders])
+    assert (tmp_path / "p.md").read_text() == page
+    page_main([str(tmp_path / "p.md"), "--check", *folders])
+
+
+def test_the_page_on_accuracy_is_what_the_results_say():
+    page_main(
+        [
+            str(ROOT / "docs/accuracy.md"),
+            "--check",
+            "--results",
+            str(ROOT / "experiments/results"),
+            "--configs",
+            str(ROOT / "experiments/configs"),
+        ]
+    )

@@ -9,20 +9,14 @@ from __future__ import annotations
 import html
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # for experiments, which is not installed
-
-from experiments import tables  # noqa: E402
 
 _RESULTS = re.compile(r"<!-- results: (\S+) -->")
-_ACCURACY = re.compile(r"<!-- accuracy: (\S+) \| (.+?) -->")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):<code>~?(.*?)</code>")
 
@@ -71,24 +65,13 @@ def _results(match: re.Match[str]) -> str:
     return "\n".join(map(_tables, found)) if found else f"*No result file is committed at `{match[1]}` yet.*"
 
 
-def _accuracy(match: re.Match[str]) -> str:
-    """The table of a configuration in experiments/configs, from the results below experiments/results."""
-    name, title = match.groups()
-    folder = ROOT / "experiments" / "results" / name
-    planned = tables.planned_rows(ROOT / "experiments" / "configs" / f"{name}.toml")
-    if not list(folder.glob("*/seed-*.json")):
-        return f"### {title}\n\n*Not run yet; `experiments/configs/{name}.toml` says what is planned.*\n"
-    shown = tables.markdown(tables.read_table(folder, planned), title)
-    return f"{shown}\nFrom `experiments/results/{name}`; settings in `experiments/configs/{name}.toml`.\n"
-
-
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the source of every page.
 
-    `<!-- results: benchmarks/results/*.json -->` becomes tables, `<!-- accuracy: sst2 | SST-2 -->` the table of a
-    configuration of experiments.
+    `<!-- results: benchmarks/results/*.json -->` becomes tables. Those of experiments are in the page already
+    (``python -m experiments.page``).
     """
-    return _ACCURACY.sub(_accuracy, _RESULTS.sub(_results, markdown))
+    return _RESULTS.sub(_results, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -1,0 +1,75 @@
+"""Writes the tables of a page of the documentation from result files: ``python -m experiments.page docs/accuracy.md``.
+
+What lies between ``<!-- accuracy: TABLE | TITLE -->`` and ``<!-- end -->`` is replaced by the table of
+``experiments/results/TABLE``; with ``<!-- accuracy: TABLE | TITLE | PATTERN PATTERN -->`` by the rows that match one of
+the patterns (as of file names; ``!PATTERN`` leaves rows out). ``--check`` writes nothing and fails where the page would
+change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from experiments import tables
+from experiments.config import ConfigError
+
+_TABLE = re.compile(r"(<!-- accuracy: (\S+) \| (.+?)(?: \| (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rendered(page: str, results: Path, configs: Path) -> str:
+    """The page with all its tables made anew.
+
+    Raises:
+        ConfigError: results that are none, or no row that fits the patterns.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        begin, name, title, patterns, end = match.groups()
+        return f"{begin}\n{_table(name, title, (patterns or '*').split(), results, configs)}\n{end}"
+
+    return _TABLE.sub(table, page)
+
+
+def _table(name: str, title: str, patterns: Sequence[str], results: Path, configs: Path) -> str:
+    config = configs / f"{name}.toml"
+    if not list((results / name).glob("*/seed-*.json")):
+        return f"### {title}\n\n*Not run yet; `experiments/configs/{name}.toml` says what is planned.*\n"
+    rows = tables.read_table(results / name, tables.planned_rows(config))
+    rows = [row for row in rows if _wanted(row.name, patterns)]
+    if not rows:
+        raise ConfigError(f"accuracy: got {' '.join(patterns)!r} for {name}, of which it has no row")
+    source = f"From `experiments/results/{name}`; settings in `experiments/configs/{name}.toml`."
+    return f"{tables.markdown(rows, title)}\n{source}\n"
+
+
+def _wanted(row: str, patterns: Sequence[str]) -> bool:
+    left_out = any(fnmatchcase(row, pattern[1:]) for pattern in patterns if pattern.startswith("!"))
+    chosen = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    return not left_out and any(fnmatchcase(row, pattern) for pattern in chosen)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.page", description=__doc__)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--results", type=Path, default=Path("experiments/results"))
+    parser.add_argument("--configs", type=Path, default=Path("experiments/configs"))
+    parser.add_argument("--check", action="store_true", help="writes nothing; exit 1 where the page would change")
+    given = parser.parse_args(arguments)
+    before = given.page.read_text()
+    try:
+        after = rendered(before, given.results, given.configs)
+    except ConfigError as error:
+        parser.exit(2, f"error: {error}\n")
+    if given.check and after != before:
+        parser.exit(1, f"{given.page}: not what the results say; run python -m experiments.page {given.page}\n")
+    if not given.check:
+        given.page.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
