@@ -45,6 +45,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     variants, others = curves(rows)
     figure, axis = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
     for name, found in variants.items():
+        if len(found) == 1 and len(variants) > 1:
+            continue  # a point is no curve; the table has it
         axis.plot([s for s, _ in found], [100 * (row.mean or 0.0) for _, row in found], marker="o", label=name)
     for index, row in enumerate(others):
         axis.axhline(
