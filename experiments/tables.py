@@ -2,8 +2,9 @@
 
 A cell is the mean over seeds, with their standard deviation, of the score at the step that was best on the validation
 set: on the test set where there is one, else on the validation set. Where a method was searched (rows
-``NAME@lr=0.001``), the setting that was best on the validation set with seed 0 stands for it, and the table lists
-all that were tried. A failed run is shown with its reason, and so is a row that was not run.
+``NAME@lr=0.001``), the setting that was best on the validation set stands for it, and the table lists all that were
+tried: the best with seed 0 got more seeds, and where several did, the mean over them decides. A failed run is shown
+with its reason, and so is a row that was not run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Row:
         validation: the scores of the same seeds on the validation set; empty where ``scores`` are those.
         parameters: of the model.
         chosen: the setting that the scores are of; "" without a search.
-        tried: setting -> validation score with seed 0, None where it failed.
+        tried: (setting, mean validation score or None where all failed, seeds).
         milliseconds: of a training step on a machine of its own, where ``speed.json`` has it.
         seconds: of the training runs, mean, on a machine that several runs shared.
         memory_gb: peak; alone on the device where ``speed.json`` has it.
@@ -52,7 +53,7 @@ class Row:
     validation: tuple[float, ...] = ()
     parameters: int = 0
     chosen: str = ""
-    tried: tuple[tuple[str, float | None], ...] = ()
+    tried: tuple[tuple[str, float | None, int], ...] = ()
     milliseconds: float | None = None
     seconds: float = math.nan
     memory_gb: float = math.nan
@@ -122,12 +123,11 @@ def _row(
 ) -> Row:
     tried = []
     for setting, results in settings.items():
-        first = next((r for r in results if r["seed"] == 0), None)
-        if first is not None:
-            tried.append((setting, None if first["error"] else float(first["best"]["valid"])))
+        scores = [float(result["best"]["valid"]) for result in results if not result["error"]]
+        tried.append((setting, statistics.fmean(scores) if scores else None, len(scores)))
     everything = [result for results in settings.values() for result in results]
     higher = bool(everything[0].get("higher_is_better", True))
-    chosen = _chosen(tried, higher) if tried else next(iter(settings))
+    chosen = _chosen(tried, higher)
     results = settings[chosen]
     good = [result for result in results if not result["error"]]
     split = "test" if good and "test" in good[0]["best"] else "valid"
@@ -157,13 +157,14 @@ def _number(setting: str) -> float:
         return 0.0
 
 
-def _chosen(tried: Sequence[tuple[str, float | None]], higher: bool) -> str:
-    """The setting that was best with seed 0; of equal ones the lowest, as :mod:`experiments.gpu_batch` chooses."""
+def _chosen(tried: Sequence[tuple[str, float | None, int]], higher: bool) -> str:
+    """Of the settings with most seeds the best; of equal ones the lowest, as :mod:`experiments.gpu_batch` chooses."""
     ordered = sorted(tried, key=lambda one: _number(one[0]))
-    good = [(setting, score) for setting, score in ordered if score is not None]
+    good = [(setting, score, seeds) for setting, score, seeds in ordered if score is not None]
     if not good:
         return ordered[0][0]
-    return (max if higher else min)(good, key=lambda one: one[1])[0]
+    most = max(seeds for _, _, seeds in good)
+    return (max if higher else min)((one for one in good if one[2] == most), key=lambda one: one[1])[0]
 
 
 def shown(value: float, metric: str) -> str:
@@ -199,14 +200,16 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     )
     unit = _unit(run[0]) if run else "score"
     heads = ["method", unit, *(["validation"] if shape.validation else []), *(["paper"] if shape.paper else [])]
-    heads += ["seeds", "parameters", *(["tried, validation of seed 0"] if shape.search else [])]
+    heads += ["seeds", "parameters", *(["tried, validation"] if shape.search else [])]
     heads += [*(["ms / step"] if shape.speed else []), "s / run", "memory, GB"]
     lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     lines += ["| " + " | ".join(_cells(row, shape)) + " |" for row in rows]
     devices = sorted({d for r in run for d in r.devices})
     lines += ["", "Mean and standard deviation over seeds, on " + ", ".join(devices) + "."] if run else []
     if shape.search:
-        lines += ["The setting in bold was best on the validation set with seed 0; the score is of it."]
+        lines += [
+            "In bold the setting that was best on the validation set, of those with most seeds; the score is of it."
+        ]
     lines += [f"- {row.name}, {error}" for row in rows for error in row.errors]
     return "\n".join(lines) + "\n"
 
@@ -238,8 +241,9 @@ def _cells(row: Row, shape: _Columns) -> list[str]:
 
 def _tried(row: Row) -> str:
     parts = []
-    for setting, found in row.tried:
-        text = f"{setting} {'failed' if found is None else shown(found, row.metric)}"
+    for setting, found, seeds in row.tried:
+        several = f" ({seeds} seeds)" if seeds > 1 else ""
+        text = f"{setting} {'failed' if found is None else shown(found, row.metric)}{several}"
         parts.append(f"**{text}**" if setting == row.chosen else text)
     return ", ".join(parts)
 
