@@ -8,6 +8,7 @@ import pytest
 from experiments.config import ConfigError
 from experiments.gpu_batch import CONFIGS, Batch, bundle, main, read_queue, unbundle
 from experiments.run import read_rows
+from experiments.steptime import main as time_steps
 
 CONFIG = """
 task = "mqar"
@@ -104,3 +105,16 @@ def test_searches_come_before_their_finalists(tmp_path):
     assert seed_1["config"]["row"] == max(others, key=lambda result: result["best"]["valid"])["config"]["row"]
     assert seed_1["graph"] == "off"
     assert seed_1["backend"] is None
+
+
+def test_times_of_steps_lie_beside_the_results(tmp_path):
+    (tmp_path / "t.toml").write_text(CONFIG)
+    given = [str(tmp_path / "t.toml"), "--device", "cpu", "--results", str(tmp_path / "res")]
+    time_steps([*given, "--row", "linear"])
+    time_steps([*given, "--row", "softmax"])
+    speed = json.loads((tmp_path / "res/t/speed.json").read_text())
+    assert set(speed) == {"milliseconds", "memory_gb", "machine"}
+    assert set(speed["milliseconds"]) == set(speed["memory_gb"]) == {"linear", "softmax"}
+    assert min(speed["milliseconds"].values()) > 0
+    with pytest.raises(SystemExit):
+        time_steps([*given, "--row", "magic"])
