@@ -1,43 +1,77 @@
-"""The pass that leaves the gradients of the states before runs, for heads whose buckets fit one tile."""
+"""The passes of the backward half that add up along a run, for heads whose buckets fit one tile.
+
+:func:`adjoint_kernel` goes through queries and grad_out and leaves the gradients of the value sums at the end of each
+chunk; the gradients of the masses need the queries' kernel first, which leaves each block's part, and
+:func:`masses_kernel` adds those up. What the keys' kernel leaves by block or token, :func:`finish_kernel` adds up.
+:func:`planes_kernel` is for hyperplanes that learn. Layouts are those of :mod:`race_attention.backends.triton.plan`;
+besides them, of each block of C tokens
+
+    blocks       place * (CH / C) + the block's number in its chunk; a run where there are no chunks
+    mass_parts   [blocks, H, SW] float32  what the block's queries give to the gradient of the mass before it
+    mass_after   [blocks, H, SW] float32  the gradient of the mass after the block that the run's queries give
+    fades_after  [blocks, H] float32      the log decay from the block's end to the run's
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .device import operand, run_bounds, whole_rows
+from .device import add_dot, operand, run_bounds, whole_rows
 from .narrow import (
     block_decay,
     buckets_of,
+    chunk_at,
     hashed,
     load_corners,
     load_hash,
     rows_at,
+    running_decay,
     store_features,
+    store_hash_gradient,
+    store_mass,
     store_sums,
     taken_up,
 )
 
+NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "xb", "xt", "xh", "qb", "qt", "qh", "ob", "ot", "oh", "gb", "gt", "gh"]
 
-@triton.jit(
-    do_not_specialize=["T", "RUN", "NC", "G", "qb", "qt", "qh", "ob", "ot", "oh", "gb", "gt", "gh"],
-)
+
+@triton.jit
+def block_at(place, t, C: tl.constexpr, CH: tl.constexpr):
+    """The number of the block that begins at a run's token t, in the chunk of this place."""
+    if CH > 0:
+        return place * (CH // C) + t % CH // C
+    else:
+        return place
+
+
+@triton.jit
+def place_of(run, batch, row, token, T, CH: tl.constexpr, PACKED: tl.constexpr):
+    """The place of the chunk of a token; of runs where there are no chunks."""
+    if CH > 0:
+        return chunk_at(batch, row, token, T, CH, PACKED)
+    else:
+        return run.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] != "x"])
 def adjoint_kernel(
-    query, grad_out, inverses, log_decay, planes, beta, table, adjoints, query_features,
+    query, grad_out, inverses, log_decay, planes, beta, table, adjoints, inner_after, query_features, query_hashes,
     qb: tl.int64, qt: tl.int64, qh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     gb: tl.int64, gt: tl.int64, gh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the value sums before each run that its own queries give (programs: runs * H).
 
-    Leaves phi_q / den, [B, H, T, SW], for the kernels of :mod:`race_attention.backends.triton.causal_gradients`, and
-    the gradient of the mass to the first of them.
+    It goes from a run's last block to its first, and leaves what later queries of the run give to the value sums at
+    each chunk's end, [places, H, V, SW]; and of each query phi_q / den, [B, H, T, SW], and its projections,
+    [B, H, T, YW], of which past +-30 no bucket can tell the difference.
     """
     S: tl.constexpr = L << P
-    TALL: tl.constexpr = SP >= 64
     H = G * SHARE
     run = tl.program_id(0) // H
     head = tl.program_id(0) - run * H
@@ -49,25 +83,164 @@ def adjoint_kernel(
     log_decay += batch * gb + group * gh + start * gt
     inverses += (batch * H + head) * T + start
     query_features += ((batch * H + head) * T + start) * SW
+    query_hashes += ((batch * H + head) * T + start) * YW
+    place = place_of(run, batch, row, start, T, CH, PACKED)
     b = tl.load(beta + group)
     hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
     corners = load_corners(P, N, SP, PRECISION)
-    grads = tl.zeros([SP, VP] if TALL else [VP, SP], tl.float32)
-    kept_so_far = tl.full([], 1.0, tl.float32)
+    grads = tl.zeros([VP, SP], tl.float32)
     c = tl.arange(0, C)
+    n = tl.arange(0, N)
 
-    for t in range(0, count, C):
+    blocks = (count + (C - 1)) // C
+    for i in range(blocks):
+        t = (blocks - 1 - i) * C
+        if CH > 0:
+            if (t + C) % CH == 0 or i == 0:
+                s = tl.arange(0, SP)
+                v = tl.arange(0, VP)
+                at = inner_after + ((place + t // CH) * H + head) * (V * SW)
+                mask = (v < V)[:, None] & (s < SW)[None, :]
+                tl.store(at + (v[:, None] * SW + s[None, :]), operand(grads, PRECISION), mask=mask)
         here = c < count - t
         q = rows_at(query, qt, t, here, C, D, DP, ALIGNED)
         do = rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED)
         inverse = tl.load(inverses + t + c, mask=here, other=0.0)
-        phi = buckets_of(hashed(q, hashes, C, N, PRECISION), b, corners, C, N, S, SP, LIFT, PRECISION)
+        y = hashed(q, hashes, C, N, PRECISION)
+        near = tl.minimum(tl.maximum(y, -30.0), 30.0).to(query_hashes.dtype.element_ty)
+        at = (query_hashes + t * YW) + (c[:, None] * YW + n[None, :])
+        tl.store(at, near, mask=here[:, None] & (n < YW)[None, :])
+        phi = buckets_of(y, b, corners, C, N, S, SP, LIFT, PRECISION)
         seen = operand(phi * inverse[:, None], PRECISION)
         store_features(query_features, t, here, seen, C, SP, SW)
         if HAS_DECAY:
-            whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
-            seen = operand(seen.to(tl.float32) * (since * kept_so_far)[:, None], PRECISION)
-            kept_so_far *= kept
-        grads = taken_up(grads, operand(do, PRECISION), seen, TALL, PRECISION)
+            if CH > 0:
+                fade, left, total = running_decay(log_decay, gt, t, count, C)
+                since = tl.exp(fade)
+                kept = tl.exp(total)
+            else:
+                whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
+            seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
+            grads *= kept
+        grads = taken_up(grads, operand(do, PRECISION), seen, False, PRECISION)
 
-    store_sums(adjoints + (run.to(tl.int64) * H + head) * (S * (V + 1)), grads, S, SP, V, VP, TALL)
+    store_sums(adjoints + (run.to(tl.int64) * H + head) * (S * (V + 1)), grads, S, SP, V, VP, False)
+
+
+@triton.jit
+def _then(kept_a, sum_a, kept_b, sum_b):
+    """Block a, then block b before it: kept_b * (kept_a * x + sum_a) + sum_b."""
+    return kept_a * kept_b, sum_a * kept_b + sum_b
+
+
+@triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] in "TRNG"])
+def masses_kernel(
+    mass_parts, fades, beta_blocks, table, adjoints, mass_after, fades_after, beta_parts,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SHARE: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, RB: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the masses before a run and after each block of it (programs: runs * H).
+
+    RB is at least the blocks of a run. Also adds up the blocks' parts of beta's gradient.
+    """
+    H = G * SHARE
+    run = tl.program_id(0) // H
+    head = tl.program_id(0) - run * H
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    count = (end - start).to(tl.int32)
+    place = place_of(run, batch, row, start, T, CH, PACKED)
+    blocks = (count + (C - 1)) // C if CH > 0 else tl.minimum(count, 1)
+    s = tl.arange(0, SP)
+    r = tl.arange(0, RB)
+    block = blocks - 1 - r  # from the last to the first
+    inside = r < blocks
+    at = block_at(place, 0, C, CH) + block
+    mask = inside[:, None] & (s < SW)[None, :]
+    x = tl.load(mass_parts + (at * H + head)[:, None] * SW + s[None, :], mask=mask, other=0.0)
+    if HAS_DECAY and CH > 0:
+        fades += (batch * G + head // SHARE) * T + start
+        ends = tl.minimum((block + 1) * C, count) - 1
+        faded = tl.load(fades + ends, mask=inside, other=0.0)
+        faded -= tl.load(fades + block * C - 1, mask=inside & (block % (CH // C) > 0), other=0.0)
+        tl.store(fades_after + at * H + head, tl.cumsum(faded, 0) - faded, mask=inside)
+        kept = tl.zeros([RB, SP], tl.float32) + tl.exp(faded)[:, None]
+        all_kept, sums = tl.associative_scan((kept, x), 0, _then)
+    else:
+        sums = tl.cumsum(x, 0)
+    total = tl.sum(tl.where((r == blocks - 1)[:, None], sums, 0.0), 0)
+    store_mass(adjoints + (run.to(tl.int64) * H + head) * (S * (V + 1)), total, S, SP, V)
+    if CH > 0:
+        # After the last block comes nothing of the run; what the r last blocks give is after the one before them.
+        after = mass_after + (at * H + head)[:, None] * SW + s[None, :]
+        tl.store(after - H * SW, sums, mask=mask & (block > 0)[:, None])
+        tl.store(after, tl.zeros([RB, SP], tl.float32), mask=mask & (r == 0)[:, None])
+    of_beta = tl.load(beta_blocks + at * H + head, mask=inside, other=0.0)
+    tl.store(beta_parts + run.to(tl.int64) * H + head, tl.sum(of_beta, 0))
+
+
+@triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] in "TRNG"])
+def finish_kernel(
+    before, after, at_the_end, table, grad_decay, beta_blocks, beta_parts,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, RB: tl.constexpr, RT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
+):  # fmt: skip
+    """grad_log_decay in the place of phi_k . grad phi_k, [B, T, G], and beta's gradient (programs: runs * G).
+
+    A log decay's gradient is the sum, over the pairs of a key before it and a query from it on, of weight times the
+    weight's gradient: at the end of a run the inner product of the state with its gradient (``at_the_end`` [rows, G]
+    for the last run of a row), inside it minus the sum of phi_k . grad phi_k. RT is at least the tokens of a run.
+    """
+    run = tl.program_id(0) // G
+    group = tl.program_id(0) - run * G
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    count = (end - start).to(tl.int32)
+    place = place_of(run, batch, row, start, T, CH, PACKED)
+    blocks = (count + (C - 1)) // C if CH > 0 else tl.minimum(count, 1)
+    program = run.to(tl.int64) * G + group
+    r = tl.arange(0, RB)
+    at = block_at(place, 0, C, CH) + r
+    of_beta = tl.load(beta_blocks + at * G + group, mask=r < blocks, other=0.0)
+    tl.store(beta_parts + program, tl.sum(of_beta, 0))
+    if HAS_DECAY:
+        size: tl.constexpr = S * (V + 1)
+        if last:
+            crossing = tl.load(at_the_end + row * G + group)
+        else:
+            crossing = tl.zeros([], tl.float32)
+            v = tl.arange(0, VP * 4)
+            for e in range(0, size, VP * 4):
+                x = tl.load(before + (program + G) * size + e + v, mask=e + v < size, other=0.0)
+                crossing += tl.sum(x * tl.load(after + program * size + e + v, mask=e + v < size, other=0.0), 0)
+        t = tl.arange(0, RT)
+        at_token = grad_decay + (batch * T + start + t) * G + group
+        of_key = tl.load(at_token, mask=t < count, other=0.0)
+        tl.store(at_token, crossing - tl.cumsum(of_key, 0, reverse=True), mask=t < count)
+
+
+@triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] in "xTRNG"])
+def planes_kernel(
+    x, grad_hashes, table, planes_parts,
+    xb: tl.int64, xt: tl.int64, xh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, H: tl.int64,
+    D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, YW: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The hyperplanes' gradient of a run: its tokens x by the gradients of their projections (programs: runs * H)."""
+    run = tl.program_id(0) // H
+    head = tl.program_id(0) - run * H
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    count = (end - start).to(tl.int32)
+    x += whole_rows(batch * xb + head * xh + start * xt, ALIGNED)
+    grad_hashes += ((batch * H + head) * T + start) * YW
+    c = tl.arange(0, C)
+    n = tl.arange(0, N)
+    planes_sum = tl.zeros([DP, N], tl.float32)
+    for t in range(0, count, C):
+        here = c < count - t
+        rows = rows_at(x, xt, t, here, C, D, DP, ALIGNED)
+        at = (grad_hashes + t * YW) + (c[:, None] * YW + n[None, :])
+        grad_y = tl.load(at, mask=here[:, None] & (n < YW)[None, :], other=0.0)
+        planes_sum = add_dot(planes_sum, tl.trans(operand(rows, PRECISION)), grad_y, PRECISION)
+    store_hash_gradient(planes_parts, run.to(tl.int64) * H + head, planes_sum, N, D, DP, ROWS)

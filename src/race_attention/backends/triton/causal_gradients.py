@@ -1,8 +1,9 @@
 """The causal gradients for heads whose buckets fit one tile: of the keys and values, and of the queries.
 
-Each holds one state, the mirror image of the other: the queries' kernel goes from a run's first block to its last with
-the state before each, the keys' kernel from the last to the first with the gradient of the state after it. Buckets
-come from the passes before.
+A program owns a block of C tokens and waits for no other: it puts the state before its block (for keys the gradient of
+the state after it) together from the run's, from what the passes before have left of its chunk, and from the blocks
+between. Where there are no chunks it owns a run and carries the state from block to block. The two kernels mirror each
+other. Buckets and projections come from the passes before.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .causal_adjoint import block_at, place_of
 from .device import (
+    LOG2_E,
     add_dot,
     add_fine_dot,
     as_given_dot,
+    bfloat16_of,
     dot,
     fine_dot,
     keys_inside,
@@ -24,6 +28,7 @@ from .device import (
     whole_rows,
 )
 from .narrow import (
+    beside,
     block_decay,
     by_bucket,
     by_value,
@@ -36,8 +41,6 @@ from .narrow import (
     load_sides,
     load_sums,
     rows_at,
-    store_hash_gradient,
-    store_mass,
     taken_up,
     unhashed,
 )
@@ -45,22 +48,68 @@ from .narrow import (
 NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "ob", "ot", "oh"]
 NEVER_SPECIALIZED += ["mb", "mt", "mh", "gb", "gt", "gh"]
 
+# A query past the end sees nothing, and no key may then count with the exponential of a positive number.
+NEVER = tl.constexpr(-1e30)
+
+
+@triton.jit
+def load_inner(base, V: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, TALL: tl.constexpr):
+    """The value sums of a chunk, float32, as :func:`~.narrow.load_sums` has them, from [V, SW]."""
+    s = tl.arange(0, SP)
+    v = tl.arange(0, VP)
+    if TALL:
+        x = tl.load(base + v[None, :] * SW + s[:, None], mask=(s < SW)[:, None] & (v < V)[None, :], other=0.0)
+    else:
+        x = tl.load(base + v[:, None] * SW + s[None, :], mask=(s < SW)[None, :] & (v < V)[:, None], other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_hashes(base, t, here, C: tl.constexpr, N: tl.constexpr, YW: tl.constexpr):
+    """Projections [C, N] of the tokens from the run's t-th on, float32."""
+    n = tl.arange(0, N)
+    mask = here[:, None] & (n < YW)[None, :]
+    return tl.load((base + t * YW) + (tl.arange(0, C)[:, None] * YW + n[None, :]), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_hashes(base, t, here, x, C: tl.constexpr, N: tl.constexpr, YW: tl.constexpr):
+    n = tl.arange(0, N)
+    at = (base + t * YW) + (tl.arange(0, C)[:, None] * YW + n[None, :])
+    tl.store(at, x.to(base.dtype.element_ty), mask=here[:, None] & (n < YW)[None, :])
+
+
+@triton.jit
+def sums_dot(a, sums, C: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr):
+    """a [C, VP] by value sums, to float32's accuracy: :func:`~.device.fine_dot` in one product where that is small."""
+    if PRECISION == "ieee" or SP > 32 or a.dtype != tl.bfloat16:
+        return fine_dot(a, by_value(sums, TALL), PRECISION)
+    else:
+        x = by_value(sums, TALL)
+        high = bfloat16_of(x)
+        both = tl.dot(a, beside(high, bfloat16_of(x - high.to(tl.float32)), VP, SP))
+        return tl.sum(tl.reshape(both, [C, 2, SP]), 1)
+
+
+@triton.jit
+def fades_at(fades, t, here, C: tl.constexpr, OTHER: tl.constexpr):
+    """``fades`` of a block's tokens in powers of two."""
+    return tl.load(fades + t + tl.arange(0, C), mask=here, other=OTHER) * LOG2_E
+
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] != "k"])
 def query_gradient_kernel(
-    query, query_features, key_features, value, grad_out, key_mask, log_decay, planes, beta, table, before,
-    adjoints, deltas, grad_query, planes_parts, beta_parts,
-    qb: tl.int64, qt: tl.int64, qh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
-    ob: tl.int64, ot: tl.int64, oh: tl.int64,
+    query_hashes, query_features, key_features, value, grad_out, key_mask, log_decay, planes, beta, table,
+    before, inner, marks, fades, mass_parts, deltas, grad_query, grad_hashes, beta_parts,
+    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
-    NEED_PLANES: tl.constexpr, ROWS: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
-    """grad_query of a run, and what its queries give to the gradient of the mass before it (programs: runs * H).
+    """grad_query, and what each block's queries give to the gradient of the mass before it (programs: blocks * H).
 
     With den_i the denominator and delta_i = grad_out_i . out_i, the weight of query i and key j has the gradient
     (grad_out_i . v_j - delta_i) / den_i. delta, [B, H, T], is added up here from the weights as rounded, so that of a
@@ -70,38 +119,70 @@ def query_gradient_kernel(
     S: tl.constexpr = L << P
     TALL: tl.constexpr = SP >= 64
     H = G * SHARE
-    run = tl.program_id(0) // H
-    head = tl.program_id(0) - run * H
+    block = tl.program_id(0) // H
+    head = tl.program_id(0) - block * H
     group = head // SHARE
+    per_run = (RUN // C).to(tl.int32) if CH > 0 else 1
+    run = block // per_run
+    first = (block - run * per_run) * C
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
     count = (end - start).to(tl.int32)
-    query += whole_rows(batch * qb + head * qh + start * qt, ALIGNED)
+    if first >= count:
+        return
     key_features += ((batch * G + group) * T + start) * SW
     value += whole_rows(batch * vb + group * vh + start * vt, ALIGNED)
     grad_out += whole_rows(batch * ob + head * oh + start * ot, ALIGNED)
     key_mask += batch * mb + group * mh + start * mt
     log_decay += batch * gb + group * gh + start * gt
+    fades += (batch * G + group) * T + start
     deltas += (batch * H + head) * T + start
     query_features += ((batch * H + head) * T + start) * SW
+    query_hashes += ((batch * H + head) * T + start) * YW
+    grad_hashes += ((batch * H + head) * T + start) * YW
     grad_query += ((batch * T + start) * H + head) * D
+    place = place_of(run, batch, row, start + (first // CH * CH if CH > 0 else 0), T, CH, PACKED)
     b = tl.load(beta + group)
-    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
-    choice = load_sides(P, N, SP, PRECISION)
+    c = tl.arange(0, C)
+    s = tl.arange(0, SP)
+    past = c[:, None] >= c[None, :]
+
     state = before + (run.to(tl.int64) * G + group) * (S * (V + 1))
     sums = load_sums(state, 0, S, SP, V, VP, TALL)
     mass = load_mass(state, S, SP, V)
-    TILED: tl.constexpr = SP <= 32  # the mass once a token, where registers allow: no sum over the warps
-    if TILED:
-        mass = tl.broadcast_to(mass[None, :], [C, SP])
-        ones = operand(tl.full([C, C], 1.0, tl.float32), PRECISION)
-    c = tl.arange(0, C)
-    past = c[:, None] >= c[None, :]
-    planes_sum = tl.zeros([DP, N], tl.float32)
-    beta_sum = tl.zeros([C, N], tl.float32)
-    grad_mass = tl.zeros([C, SP] if TILED else [SP], tl.float32)
-    kept_so_far = tl.full([], 1.0, tl.float32)
+    if CH > 0:
+        marks += (place * G + group) * (SW + 8)
+        if HAS_DECAY:
+            kept = tl.exp(tl.load(marks + SW))
+            sums *= kept
+            mass *= kept
+        sums += load_inner(inner + (place * G + group) * (V * SW), V, VP, SP, SW, TALL)
+        mass += tl.load(marks + s, mask=s < SW, other=0.0)
+    if CH > C:  # the blocks between the chunk's first token and this one
+        faded = tl.full([], 0.0, tl.float32)
+        if HAS_DECAY:
+            if first % CH > 0:
+                faded = tl.load(fades + first - 1) * LOG2_E
+                sums *= tl.exp2(faded)
+                mass *= tl.exp2(faded)
+        for t in range(first // CH * CH, first, C):
+            here = c < count - t
+            inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
+            phi_left = features_at(key_features, t, here, C, SP, SW)
+            v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
+            if HAS_DECAY:
+                left = tl.exp2(faded - fades_at(fades, t, here, C, 0.0))
+                phi_left = operand(phi_left.to(tl.float32) * left[:, None], PRECISION)
+            sums = taken_up(sums, operand(v, PRECISION), phi_left, TALL, PRECISION)
+            mass += tl.sum(phi_left.to(tl.float32), 0)
 
-    for t in range(0, count, C):
+    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
+    choice = load_sides(P, N, SP, PRECISION)
+    beta_sum = tl.zeros([C, N], tl.float32)
+    grad_mass = tl.zeros([SP], tl.float32)
+    kept_so_far = tl.full([], 1.0, tl.float32)
+    blocks = 1 if CH > 0 else (count + (C - 1)) // C
+    for i in range(blocks):
+        t = first + i * C
         here = c < count - t
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         phi_k = features_at(key_features, t, here, C, SP, SW)
@@ -109,118 +190,147 @@ def query_gradient_kernel(
         v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
         do = rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED)
         along = as_given_dot(do, tl.trans(v), PRECISION)  # grad_out_i . v_j
-        score = tl.where(past, dot(seen, tl.trans(phi_k), PRECISION), 0.0)
-        grad_phi = fine_dot(do, by_value(sums, TALL), PRECISION)
-        seen_now = seen
-        phi_left = phi_k
+        score = dot(seen, tl.trans(phi_k), PRECISION)
+        grad_phi = sums_dot(do, sums, C, VP, SP, TALL, PRECISION)
+        seen_now = seen.to(tl.float32)
         if HAS_DECAY:
-            whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
-            weight = fading(whole, part, past, False, PRECISION)
+            if CH > 0:
+                now = fades_at(fades, t, here, C, NEVER)
+                age = now[:, None] - fades_at(fades, t, here, C, 0.0)[None, :]
+                weight = tl.exp2(tl.where(past, age, -1000.0))
+                since = tl.exp2(now - faded if CH > C else now)
+            else:
+                whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
+                weight = fading(whole, part, past, False, PRECISION)
             score *= weight
             grad_phi *= since[:, None]
-            seen_now = operand(seen.to(tl.float32) * (since * kept_so_far)[:, None], PRECISION)
-            kept_so_far *= kept
+            seen_now = operand(seen_now * (since * kept_so_far)[:, None], PRECISION).to(tl.float32)
+        else:
+            score = tl.where(past, score, 0.0)
         delta = tl.sum(seen.to(tl.float32) * grad_phi, 1)
         delta += tl.sum(score * along, 1)
-        total_weight = tl.sum(seen.to(tl.float32) * (mass if TILED else mass[None, :]), 1)
+        total_weight = tl.sum(seen.to(tl.float32) * mass[None, :], 1)
         if HAS_DECAY:
             total_weight *= since
         delta *= reciprocal(total_weight + tl.sum(score, 1))  # 1 but for roundings
         tl.store(deltas + t + c, delta, mask=here)
-        of_mass = seen_now.to(tl.float32) * delta[:, None]
-        grad_mass -= of_mass if TILED else tl.sum(of_mass, 0)
-        along = tl.where(past, along - delta[:, None], 0.0)
-        mass_seen = delta[:, None] * (mass if TILED else mass[None, :])
+        grad_mass -= tl.sum(seen_now * delta[:, None], 0)
+        mass_seen = delta[:, None] * mass[None, :]
+        along -= delta[:, None]
         if HAS_DECAY:
             along *= weight
             mass_seen *= since[:, None]
-            phi_left = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
-            sums *= kept
-            mass *= kept
-        grad_phi = add_fine_dot(grad_phi - mass_seen, along, phi_k, v.dtype == tl.float16, PRECISION)
-        sums = taken_up(sums, operand(v, PRECISION), phi_left, TALL, PRECISION)
-        if TILED:
-            mass = add_dot(mass, ones, phi_left, PRECISION)
         else:
-            mass += tl.sum(phi_left.to(tl.float32), 0)
+            along = tl.where(past, along, 0.0)
+        grad_phi = add_fine_dot(grad_phi - mass_seen, along, phi_k, v.dtype == tl.float16, PRECISION)
+        if CH == 0:
+            if HAS_DECAY:
+                phi_k = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
+                sums *= kept
+                mass *= kept
+                kept_so_far *= kept
+            sums = taken_up(sums, operand(v, PRECISION), phi_k, TALL, PRECISION)
+            mass += tl.sum(phi_k.to(tl.float32), 0)
 
-        q = rows_at(query, qt, t, here, C, D, DP, ALIGNED)
-        y = hashed(q, hashes, C, N, PRECISION)
-        grad_y, grad_beta = hash_gradients(grad_phi * seen.to(tl.float32), y, b, choice, C, N, SP, PRECISION)
+        y = load_hashes(query_hashes, t, here, C, N, YW)
+        dphi_phi = grad_phi * seen.to(tl.float32)
+        grad_y, grad_beta = hash_gradients(dphi_phi, y, b, choice, C, N, SP, PRECISION)
         beta_sum += grad_beta
         if NEED_PLANES:
-            planes_sum = add_dot(planes_sum, tl.trans(operand(q, PRECISION)), operand(grad_y, PRECISION), PRECISION)
+            store_hashes(grad_hashes, t, here, grad_y, C, N, YW)
         store_rows(grad_query, H * D, t, here, unhashed(grad_y, hashes, C, N, PRECISION), C, D, DP)
 
-    program = run.to(tl.int64) * H + head
-    store_mass(adjoints + program * (S * (V + 1)), tl.sum(grad_mass, 0) if TILED else grad_mass, S, SP, V)
+    program = block_at(place, first, C, CH) * H + head
+    tl.store(mass_parts + program * SW + s, grad_mass, mask=s < SW)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
-    if NEED_PLANES:
-        store_hash_gradient(planes_parts, program, planes_sum, N, D, DP, ROWS)
 
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] != "q"])
 def key_gradient_kernel(
-    query_features, key_features, key, value, grad_out, key_mask, log_decay, planes, beta, table, before, after,
-    deltas, at_the_end, grad_key, grad_value, grad_decay, planes_parts, beta_parts,
+    query_features, key_features, key_hashes, key, value, grad_out, key_mask, log_decay, planes, beta, table,
+    after, inner_after, mass_after, fades_after, fades, deltas, grad_key, grad_value, of_keys, grad_hashes, beta_parts,
     kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
     ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
-    NEED_PLANES: tl.constexpr, ROWS: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
+    HASHED: tl.constexpr,
 ):  # fmt: skip
-    """grad_key, grad_value and grad_log_decay of a run, from its last block to its first (programs: runs * G).
+    """grad_key and grad_value, and phi_k . grad phi_k of each key (programs: blocks * G).
 
-    ``after`` is the gradient of the state after each run; it takes up the queries of a block as the state takes up
-    keys. A log decay's gradient is the sum, over the
-    pairs of a key before it and a query from it on, of weight times the weight's gradient: at the end of a run the
-    inner product of the state with its gradient (``at_the_end`` [rows, G] for the last run of a row), inside it minus
-    the sum of phi_k . grad phi_k.
+    ``after`` is the gradient of the state after each run; that after a block takes up the queries between as a state
+    takes up keys.
     """
     S: tl.constexpr = L << P
     TALL: tl.constexpr = SP >= 128  # never: fewer registers here
     H = G * SHARE
-    run = tl.program_id(0) // G
-    group = tl.program_id(0) - run * G
+    block = tl.program_id(0) // G
+    group = tl.program_id(0) - block * G
+    per_run = (RUN // C).to(tl.int32) if CH > 0 else 1
+    run = block // per_run
+    first = (block - run * per_run) * C
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
     count = (end - start).to(tl.int32)
+    if first >= count:
+        return
     query_features += ((batch * H + group * SHARE) * T + start) * SW
     key += whole_rows(batch * kb + group * kh + start * kt, ALIGNED)
     value += whole_rows(batch * vb + group * vh + start * vt, ALIGNED)
     grad_out += whole_rows(batch * ob + group * SHARE * oh + start * ot, ALIGNED)
     key_mask += batch * mb + group * mh + start * mt
     log_decay += batch * gb + group * gh + start * gt
+    fades += (batch * G + group) * T + start
     deltas += (batch * H + group * SHARE) * T + start
     key_features += ((batch * G + group) * T + start) * SW
+    key_hashes += ((batch * G + group) * T + start) * YW
+    grad_hashes += ((batch * G + group) * T + start) * YW
     grad_key += ((batch * T + start) * G + group) * D
     grad_value += ((batch * T + start) * G + group) * V
-    grad_decay += (batch * T + start) * G + group
+    of_keys += (batch * T + start) * G + group
+    place = place_of(run, batch, row, start + (first // CH * CH if CH > 0 else 0), T, CH, PACKED)
+    program = block_at(place, first, C, CH)
     b = tl.load(beta + group)
-    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
-    choice = load_sides(P, N, SP, PRECISION)
-    program = run.to(tl.int64) * G + group
-    adjoint = after + program * (S * (V + 1))
+    c = tl.arange(0, C)
+    s = tl.arange(0, SP)
+    past = c[:, None] <= c[None, :]  # keys down, queries across
+
+    adjoint = after + (run.to(tl.int64) * G + group) * (S * (V + 1))
     grads = load_sums(adjoint, 0, S, SP, V, VP, TALL)
     grad_mass = load_mass(adjoint, S, SP, V)
-    c = tl.arange(0, C)
-    past = c[:, None] <= c[None, :]  # keys down, queries across
-    planes_sum = tl.zeros([DP, N], tl.float32)
-    beta_sum = tl.zeros([C, N], tl.float32)
-    if HAS_DECAY:
-        if last:
-            crossing = tl.load(at_the_end + row * G + group)
-        else:
-            state = before + (program + G) * (S * (V + 1))
-            product = load_sums(state, 0, S, SP, V, VP, TALL) * grads
-            crossing = tl.sum(tl.sum(product, 0), 0) + tl.sum(load_mass(state, S, SP, V) * grad_mass, 0)
+    if CH > 0:
+        stop = tl.minimum(first // CH * CH + CH, count)  # of the chunk
+        ours = tl.minimum(first + C, stop)
+        if HAS_DECAY:
+            kept = tl.exp(tl.load(fades_after + program * H + group * SHARE))
+            grad_mass *= kept
+            faded = tl.load(fades + ours - 1) * LOG2_E
+            chunk_kept = tl.exp2(tl.load(fades + stop - 1) * LOG2_E - faded)
+            grads *= kept
+        for share in range(SHARE):
+            head = group * SHARE + share
+            of_chunk = load_inner(inner_after + (place * H + head) * (V * SW), V, VP, SP, SW, TALL)
+            grads += of_chunk * chunk_kept if HAS_DECAY else of_chunk
+            grad_mass += tl.load(mass_after + (program * H + head) * SW + s, mask=s < SW, other=0.0)
+            if CH > C:  # the blocks between this one and the chunk's end
+                for t in range(first + C, stop, C):
+                    here = c < count - t
+                    seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
+                    rows = grad_out + whole_rows(share * oh, ALIGNED)
+                    do = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
+                    if HAS_DECAY:
+                        since = tl.exp2(fades_at(fades, t, here, C, NEVER) - faded)
+                        seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
+                    grads = taken_up(grads, operand(do, PRECISION), seen, TALL, PRECISION)
 
-    blocks = (count + C - 1) // C
+    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
+    choice = load_sides(P, N, SP, PRECISION)
+    beta_sum = tl.zeros([C, N], tl.float32)
+    blocks = 1 if CH > 0 else (count + (C - 1)) // C
     for i in range(blocks):
-        t = (blocks - 1 - i) * C
+        t = first + (blocks - 1 - i) * C
         here = c < count - t
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         phi_k = features_at(key_features, t, here, C, SP, SW)
@@ -230,19 +340,27 @@ def key_gradient_kernel(
         delta = tl.load(deltas + t + c, mask=here, other=0.0)
         phi_left = phi_k
         if HAS_DECAY:
-            whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
-            weight = fading(whole, part, past, True, PRECISION)
+            if CH > 0:
+                now = fades_at(fades, t, here, C, 0.0)
+                age = fades_at(fades, t, here, C, NEVER)[None, :] - now[:, None]
+                weight = tl.exp2(tl.where(past, age, -1000.0))
+                left = tl.exp2(tl.minimum(faded - now, 0.0))
+            else:
+                whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
+                weight = fading(whole, part, past, True, PRECISION)
             phi_left = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
 
         # The gradient of phi_k, to the end: dk is stored before dv needs the registers.
-        grad_phi = fine_dot(v, by_value(grads, TALL), PRECISION) + grad_mass[None, :]
+        grad_phi = sums_dot(v, grads, C, VP, SP, TALL, PRECISION) + grad_mass[None, :]
         if HAS_DECAY:
             of_key = tl.sum(grad_phi * phi_left.to(tl.float32), 1)  # phi_k . grad phi_k, of the weights as rounded
             grad_phi *= left[:, None]
-        along = tl.where(past, as_given_dot(v, tl.trans(do), PRECISION) - delta[None, :], 0.0)
+        along = as_given_dot(v, tl.trans(do), PRECISION) - delta[None, :]
         if HAS_DECAY:
             along *= weight
             of_key += tl.sum(along * dot(phi_k, tl.trans(seen), PRECISION), 1)
+        else:
+            along = tl.where(past, along, 0.0)
         grad_phi = add_fine_dot(grad_phi, along, seen, v.dtype == tl.float16, PRECISION)
         for share in range(1, SHARE):
             rows = grad_out + whole_rows(share * oh, ALIGNED)
@@ -255,19 +373,19 @@ def key_gradient_kernel(
                 of_key += tl.sum(along * dot(phi_k, tl.trans(other_seen), PRECISION), 1)
             grad_phi = add_fine_dot(grad_phi, along, other_seen, v.dtype == tl.float16, PRECISION)
         if HAS_DECAY:
-            tl.store(grad_decay + (t + c) * G, crossing - tl.cumsum(of_key, 0, reverse=True), mask=here)
-            crossing -= tl.sum(of_key, 0)
-        k = rows_at(key, kt, t, inside, C, D, DP, ALIGNED)
-        y = hashed(k, hashes, C, N, PRECISION)
+            tl.store(of_keys + (t + c) * G, of_key, mask=here)
+        if HASHED:
+            y = load_hashes(key_hashes, t, here, C, N, YW)
+        else:
+            y = hashed(rows_at(key, kt, t, inside, C, D, DP, ALIGNED), hashes, C, N, PRECISION)
         grad_y, grad_beta = hash_gradients(grad_phi * phi_k.to(tl.float32), y, b, choice, C, N, SP, PRECISION)
         beta_sum += grad_beta
         if NEED_PLANES:
-            planes_sum = add_dot(planes_sum, tl.trans(operand(k, PRECISION)), operand(grad_y, PRECISION), PRECISION)
+            store_hashes(grad_hashes, t, here, grad_y, C, N, YW)
         store_rows(grad_key, G * D, t, here, unhashed(grad_y, hashes, C, N, PRECISION), C, D, DP)
 
-        score = tl.where(past, dot(phi_k, tl.trans(seen), PRECISION), 0.0)
-        if HAS_DECAY:
-            score *= weight
+        score = dot(phi_k, tl.trans(seen), PRECISION)
+        score = score * weight if HAS_DECAY else tl.where(past, score, 0.0)
         dv = dot(phi_left, by_bucket(operand(grads, PRECISION), TALL), PRECISION)
         dv = add_dot(dv, operand(score, PRECISION), operand(do, PRECISION), PRECISION)
         for share in range(1, SHARE):
@@ -280,22 +398,18 @@ def key_gradient_kernel(
             dv = add_dot(dv, operand(score, PRECISION), operand(other, PRECISION), PRECISION)
         store_rows(grad_value, G * V, t, here, dv, C, V, VP)
 
-        if HAS_DECAY:
-            grads *= kept
-            grad_mass *= kept
-            seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
-        grads = taken_up(grads, operand(do, PRECISION), seen, TALL, PRECISION)
-        grad_mass -= tl.sum(seen.to(tl.float32) * delta[:, None], 0)
-        for share in range(1, SHARE):
-            rows = grad_out + whole_rows(share * oh, ALIGNED)
-            other = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
-            other_seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
-            other_delta = tl.load(deltas + share * T + t + c, mask=here, other=0.0)
+        if CH == 0:
             if HAS_DECAY:
-                other_seen = operand(other_seen.to(tl.float32) * since[:, None], PRECISION)
-            grads = taken_up(grads, operand(other, PRECISION), other_seen, TALL, PRECISION)
-            grad_mass -= tl.sum(other_seen.to(tl.float32) * other_delta[:, None], 0)
+                grads *= kept
+                grad_mass *= kept
+            for share in range(SHARE):
+                rows = grad_out + whole_rows(share * oh, ALIGNED)
+                other = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
+                other_seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
+                other_delta = tl.load(deltas + share * T + t + c, mask=here, other=0.0)
+                if HAS_DECAY:
+                    other_seen = operand(other_seen.to(tl.float32) * since[:, None], PRECISION)
+                grads = taken_up(grads, operand(other, PRECISION), other_seen, TALL, PRECISION)
+                grad_mass -= tl.sum(other_seen.to(tl.float32) * other_delta[:, None], 0)
 
-    tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
-    if NEED_PLANES:
-        store_hash_gradient(planes_parts, program, planes_sum, N, D, DP, ROWS)
+    tl.store(beta_parts + program * G + group, tl.sum(tl.sum(beta_sum, 1), 0))

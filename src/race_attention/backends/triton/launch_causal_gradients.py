@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,29 @@ from .launch_states import run_totals, scan
 from .start import start
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """What the blocks of tokens leave for each other, see causal_adjoint.py; where there are no chunks, the runs.
+
+    Attributes:
+        length: C, tokens of a block. per_run: blocks of a run at most. places: of chunks.
+        count: blocks that there is room for.
+    """
+
+    length: int
+    per_run: int
+    places: int
+    count: int
+
+
+def _blocks(p: Problem, runs: plan.Runs) -> _Blocks:
+    chunk, length = p.shape.chunk, _options(p, "causal_key_gradient")["C"]
+    if not chunk:
+        return _Blocks(length, 1, max(runs.count, 1), max(runs.count, 1))
+    places = plan.chunk_places(p.batch, p.keys, p.rows, chunk, p.bounds is not None)
+    return _Blocks(length, runs.length // length, places, places * (chunk // length))
+
+
 def backward(
     p: Problem, kept: Tensor, grad_final: State, final: State, sums: ParameterSums
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -19,73 +45,164 @@ def backward(
     assert p.inverses is not None
     runs = p.runs(of_keys=True)
     of_queries, of_keys = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
-    seen, adjoints = _adjoints(p, runs)
-    dq, deltas = _query_gradients(p, runs, kept, seen, adjoints, of_queries)
+    seen, hashes, adjoints, inner_after = _adjoints(p, runs)
+    dq, deltas, parts, of_beta = _query_gradients(p, runs, kept, seen, hashes, of_queries)
+    masses = _masses(p, runs, parts, of_beta, adjoints, of_queries)
+    del parts, hashes
     after = p.new_states(max(runs.count, 1), p.groups)
     initial = scan(p, runs, adjoints, run_totals(p, runs), after, grad_final, share=p.share, reverse=True)
     del adjoints
-    at_end = at_the_end(p, final, grad_final)
-    dk, dv, decay = _key_gradients(p, runs, kept, after, at_end, deltas, seen, of_keys)
+    dk, dv, decay, of_beta = _key_gradients(p, runs, after, inner_after, masses, deltas, seen, of_keys)
+    _finish(p, runs, kept, after, at_the_end(p, final, grad_final), decay, of_beta, of_keys)
     return dq, dk, dv, decay, initial
 
 
-def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
-    """The queries' buckets over their denominators; and from a run's queries the gradient of the state before it.
+def _options(p: Problem, kernel: str) -> dict[str, Any]:
+    """The compile-time arguments of a kernel. The two gradients' blocks are the same: they leave for each other."""
+    given = options(p, kernel) | {"CH": p.shape.chunk, "YW": _row(p), "HAS_DECAY": p.log_decay is not None}
+    if p.shape.chunk and kernel != "causal_adjoint":
+        given["C"] = min(options(p, name)["C"] for name in ("causal_query_gradient", "causal_key_gradient"))
+    return given
 
-    Of that the value sums' part, with room for the mass's.
+
+def _row(p: Problem) -> int:
+    """YW, the numbers of a token's stored projections: whole pieces of 8 bytes."""
+    return -(-p.shape.tables * p.shape.planes // 4) * 4
+
+
+def _rows(p: Problem, tokens: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """Room for numbers of each projection."""
+    return p.new(p.batch, heads, tokens, _row(p), dtype=dtype)
+
+
+def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the queries the buckets over their denominators, and the projections; the gradients of the value sums.
+
+    Those before each run, with room for the masses'; and at the end of each chunk what the run's later queries give.
     """
     assert p.grad_out is not None
     assert p.features is not None
     features = p.features.new_empty(p.batch, p.heads, p.queries, p.shape.row)
+    hashes = _rows(p, p.queries, p.heads, torch.float16 if p.shape.precision == "bf16" else torch.float32)
     adjoints = p.new(max(runs.count, 1), p.heads, p.shape.state_size)
+    places = plan.chunk_places(p.batch, p.keys, p.rows, p.shape.chunk, p.bounds is not None)
+    inner_after = p.features.new_empty(places, p.heads, p.shape.value_dim, p.shape.row)
     if runs.count * p.heads:
         start(
             causal_adjoint.adjoint_kernel, (runs.count * p.heads,),
             p.query, p.grad_out, p.inverses, pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
-            pointer_or(runs.table, p.beta), adjoints, features,
+            pointer_or(runs.table, p.beta), adjoints, inner_after, features, hashes,
             *p.query.stride()[:3], *p.grad_out.stride()[:3], *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
-            HAS_DECAY=p.log_decay is not None, **options(p, "causal_adjoint"),
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **_options(p, "causal_adjoint"),
         )  # fmt: skip
-    return features, adjoints
+    return features, hashes, adjoints, inner_after
 
 
 def _query_gradients(
-    p: Problem, runs: plan.Runs, before: Tensor, seen: Tensor, adjoints: Tensor, parts: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """(dq, grad_out . out [B, H, T]); completes ``adjoints`` with the gradient of the mass."""
+    p: Problem, runs: plan.Runs, before: Tensor, seen: Tensor, hashes: Tensor, parts: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, grad_out . out [B, H, T], by blocks: the gradient of the mass, and that of beta)."""
     assert p.grad_out is not None
     assert p.inverses is not None
+    blocks = _blocks(p, runs)
     dq, deltas = torch.empty_like(p.query, memory_format=torch.contiguous_format), torch.empty_like(p.inverses)
+    masses, of_beta = p.new(blocks.count, p.heads, p.shape.row), p.new(blocks.count, p.heads)
+    need_planes = parts[0].numel() > 0
+    grad_hashes = _rows(p, p.queries, p.heads, seen.dtype) if need_planes else seen
     if runs.count * p.heads:
         start(
-            causal_gradients.query_gradient_kernel, (runs.count * p.heads,),
-            p.query, seen, p.features, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
-            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, adjoints,
-            deltas, dq, *parts,
-            *p.query.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **p.conditions,
-            NEED_PLANES=parts[0].numel() > 0, ROWS=p.shape.rows, **options(p, "causal_query_gradient"),
+            causal_gradients.query_gradient_kernel, (runs.count * blocks.per_run * p.heads,),
+            hashes, seen, p.features, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
+            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before,
+            p.inner, p.marks, p.fades, masses, deltas, dq, grad_hashes, of_beta,
+            *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, HAS_MASK=p.key_mask is not None,
+            NEED_PLANES=need_planes, **_options(p, "causal_query_gradient"),
         )  # fmt: skip
-    return dq, deltas
+    if need_planes:
+        _planes(p, runs, p.query, grad_hashes, parts[0])
+    return dq, deltas, masses, of_beta
+
+
+def _planes(p: Problem, runs: plan.Runs, x: Tensor, grad_hashes: Tensor, parts: Tensor) -> None:
+    """The runs' parts of the hyperplanes' gradient, from that of the projections."""
+    heads, shape = x.shape[2], p.shape
+    given = options(p, "causal_key_states")
+    if runs.count * heads:
+        start(
+            causal_adjoint.planes_kernel, (runs.count * heads,),
+            x, grad_hashes, pointer_or(runs.table, p.beta), parts, *x.stride()[:3],
+            p.queries, runs.length, runs.per_row, heads, YW=_row(p), ROWS=shape.rows,
+            **{name: given[name] for name in ("D", "DP", "N", "C", "PRECISION", "ALIGNED", "PACKED")},
+            num_warps=given["num_warps"], num_stages=given["num_stages"],
+        )  # fmt: skip
+
+
+def _masses(
+    p: Problem, runs: plan.Runs, mass_parts: Tensor, of_beta: Tensor, adjoints: Tensor, parts: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the masses after each block, the log decay from there to the run's end; fills ``adjoints``.
+
+    And of beta's gradient the runs' parts.
+    """
+    blocks, shape = _blocks(p, runs), p.shape
+    mass_after = torch.empty_like(mass_parts) if shape.chunk else mass_parts
+    fades_after = torch.empty_like(of_beta)
+    if runs.count * p.heads:
+        start(
+            causal_adjoint.masses_kernel, (runs.count * p.heads,),
+            mass_parts, p.fades, of_beta, pointer_or(runs.table, p.beta), adjoints, mass_after, fades_after, parts[1],
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, S=shape.buckets, SP=shape.tile,
+            SW=shape.row, V=shape.value_dim, C=blocks.length, CH=shape.chunk, RB=_longest(p, blocks),
+            PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None, num_warps=4,
+        )  # fmt: skip
+    return mass_after, fades_after
+
+
+def _longest(p: Problem, blocks: _Blocks) -> int:
+    """At least the blocks of any run: by shape class."""
+    return plan.run_lengths(p.shape)[1] // blocks.length if p.shape.chunk else 1
 
 
 def _key_gradients(
-    p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, at_the_end: Tensor, deltas: Tensor, seen: Tensor,
-    parts: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dk, dv, the gradient of log_decay)."""
+    p: Problem, runs: plan.Runs, after: Tensor, inner_after: Tensor, masses: tuple[Tensor, Tensor], deltas: Tensor,
+    seen: Tensor, parts: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dk, dv, phi_k . grad phi_k [B, T, G], by blocks the gradient of beta)."""
     assert p.grad_out is not None
+    blocks = _blocks(p, runs)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.key, p.value))
-    decay = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
+    of_keys = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
+    of_beta = p.new(blocks.count, p.groups)
+    need_planes = parts[0].numel() > 0
+    grad_hashes = _rows(p, p.keys, p.groups, seen.dtype) if need_planes else seen
     if runs.count * p.groups:
         start(
-            causal_gradients.key_gradient_kernel, (runs.count * p.groups,),
-            seen, p.features, p.key, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
-            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, after,
-            deltas, at_the_end, dk, dv, decay, *parts,
+            causal_gradients.key_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
+            seen, p.features, p.beta, p.key, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
+            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), after,
+            inner_after, *masses, p.fades, deltas, dk, dv, of_keys, grad_hashes, of_beta,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **p.conditions,
-            NEED_PLANES=parts[0].numel() > 0, ROWS=p.shape.rows, **options(p, "causal_key_gradient"),
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, HAS_MASK=p.key_mask is not None,
+            NEED_PLANES=need_planes, HASHED=False, **_options(p, "causal_key_gradient"),
         )  # fmt: skip
-    return dk, dv, decay
+    if need_planes:
+        _planes(p, runs, p.key, grad_hashes, parts[0])
+    return dk, dv, of_keys, of_beta
+
+
+def _finish(
+    p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, at_the_end: Tensor, of_keys: Tensor, of_beta: Tensor,
+    parts: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    """The gradient of log_decay in the place of ``of_keys``; of beta's gradient the runs' parts."""
+    blocks, shape = _blocks(p, runs), p.shape
+    if runs.count * p.groups:
+        start(
+            causal_adjoint.finish_kernel, (runs.count * p.groups,),
+            before, after, at_the_end, pointer_or(runs.table, p.beta), of_keys, of_beta, parts[1],
+            p.queries, runs.length, runs.per_row, p.groups, S=shape.buckets, SP=shape.tile, V=shape.value_dim,
+            VP=plan.power_of_two(shape.value_dim, 16), C=blocks.length, CH=shape.chunk, RB=_longest(p, blocks),
+            RT=plan.run_lengths(shape)[1], PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None,
+            num_warps=4,
+        )  # fmt: skip
