@@ -29,6 +29,8 @@ class ProjectedMixer(nn.Module):
     """
 
     recurrent = False
+    cos: Tensor | None  # [max_length, 1, D / 2] with rope
+    sin: Tensor | None
 
     def __init__(
         self,
@@ -57,6 +59,10 @@ class ProjectedMixer(nn.Module):
         self.conv_weight = nn.Parameter(weight) if conv_size else None
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if norm_gate else None
         self.gate = nn.Linear(dim, dim, bias=False) if norm_gate else None
+        # Tables, as usual: compiled code would work out a sine in float64 for each element of each batch.
+        cos, sin = (None, None) if rope is None else angles(self.head_dim, rope, 0, max_length, torch.device("cpu"))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, T, H, D] of x [B, T, E], the first token at position ``offset``."""
@@ -65,9 +71,13 @@ class ProjectedMixer(nn.Module):
             before = self.conv_weight.shape[1] - 1
             channels = convolve(F.pad(channels, (0, 0, before, 0)), self.conv_weight.to(channels.dtype))
         query, key, value = channels.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-        if self.rope is not None:
-            query, key = rotate(query, self.rope, offset), rotate(key, self.rope, offset)
-        return query, key, value
+        if self.rope is None:
+            return query, key, value
+        end = offset + x.shape[1]
+        if self.cos is None or self.sin is None or end > len(self.cos):  # past the tables
+            return rotate(query, self.rope, offset), rotate(key, self.rope, offset), value
+        cos, sin = self.cos[offset:end], self.sin[offset:end]
+        return turn(query, cos, sin), turn(key, cos, sin), value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
         """The method itself: [B, T, H, D] each, ``key_mask`` [B, T] True where a key takes part -> [B, T, H, D]."""
@@ -102,12 +112,21 @@ def rotate(x: Tensor, base: float, offset: int = 0) -> Tensor:
     Returns:
         [B, T, H, D] in x's dtype; the angles are float64, so that far positions keep their digits.
     """
-    half = x.shape[-1] // 2
-    if x.shape[-1] % 2:
-        raise ValueError(f"rope: got head size {x.shape[-1]}, allowed is an even one")
-    position = torch.arange(offset, offset + x.shape[1], device=x.device, dtype=torch.float64)
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = position[:, None, None] * frequency  # [T, 1, D/2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
+    return turn(x, *angles(x.shape[-1], base, offset, x.shape[1], x.device))
+
+
+def angles(dim: int, base: float, offset: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of ``length`` positions from ``offset`` on, [length, 1, dim / 2] float32."""
+    if dim % 2:
+        raise ValueError(f"rope: got head size {dim}, allowed is an even one")
+    position = torch.arange(offset, offset + length, device=device, dtype=torch.float64)
+    frequency = base ** (-torch.arange(dim // 2, device=device, dtype=torch.float64) / (dim // 2))
+    angle = position[:, None, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation by given angles, [B, T, H, D] in x's dtype."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
