@@ -9,184 +9,22 @@ puts back where they belong, for machines that keep nothing.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import io
-import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tarfile
 import threading
 import time
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from experiments.bundle import bundle, unbundle
+from experiments.config import ConfigError
+from experiments.jobs import Job, read_queue
+from experiments.worker import Worker
 
-from experiments import config as configuration
-from experiments.config import ConfigError, check
-from experiments.run import OutOfTime, Run, read_rows
-from race_attention.state import write_atomically
-
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "experiments" / "configs"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of the queue.
-
-    Attributes:
-        file: the configuration.
-        table: of the results.
-        rows: the row; or, for a finalist, all rows of a search, of which the best takes part once all are done.
-        seed: of the run.
-        seconds: that it is thought to take, if the queue says so.
-    """
-
-    file: Path
-    table: str
-    rows: tuple[str, ...]
-    seed: int
-    seconds: float | None = None
-
-    def row(self, results: Path) -> str | None:
-        """The row to run; None while its search is not done, or nothing of it succeeded."""
-        if len(self.rows) == 1:
-            return self.rows[0]
-        found = []
-        for row in self.rows:
-            path = results / self.table / row / "seed-0.json"
-            if not path.exists():
-                return None
-            result = json.loads(path.read_text())
-            if not result["error"]:
-                found.append((result["best"]["valid"] * (1 if result["higher_is_better"] else -1), row))
-        return max(found, key=lambda one: one[0])[1] if found else None  # of equals the first
-
-    def result(self, results: Path) -> Path | None:
-        """Where its result lies, if its row is known."""
-        row = self.row(results)
-        return None if row is None else results / self.table / row / f"seed-{self.seed}.json"
-
-    def __str__(self) -> str:
-        row = self.rows[0] if len(self.rows) == 1 else self.rows[0].partition("@")[0] + "@best"
-        return f"{self.table}/{row}/{self.seed}"
-
-
-def read_queue(path: Path) -> list[Job]:
-    """The jobs of a queue file, in its order, each once.
-
-    An entry names a configuration, rows (a name without its ``@`` part stands for its whole search; default all),
-    seeds, and ``best = true`` for the finalists: the best row of each search, judged by seed 0, with more seeds. With
-    ``seconds`` its jobs start only while so much time is left.
-
-    Raises:
-        ConfigError: naming the entry and the key.
-    """
-    data = configuration.read(path)
-    entries = data.get("runs")
-    check(isinstance(entries, list) and bool(entries), "runs", entries, "a list of [[runs]]")
-    assert isinstance(entries, list)
-    jobs: dict[tuple[str, tuple[str, ...], int], Job] = {}
-    for number, entry in enumerate(entries, start=1):
-        where = f"runs[{number}]"
-        unknown = set(entry) - {"config", "rows", "seeds", "best", "seconds"}
-        check(not unknown and "config" in entry, where, sorted(entry), "config, and rows, seeds, best, seconds")
-        file = path.parent / entry["config"]
-        rows = read_rows(file)
-        table = next(iter(rows.values())).table
-        methods = list(dict.fromkeys(row.partition("@")[0] for row in rows))
-        for seed in entry.get("seeds", [0]):
-            for name in entry.get("rows", methods):
-                group = tuple(row for row in rows if name in (row, row.partition("@")[0]))
-                check(bool(group), f"{where}.rows", name, "one of " + ", ".join(rows))
-                for chosen in [group] if entry.get("best") else [(row,) for row in group]:
-                    jobs.setdefault(
-                        (entry["config"], chosen, seed), Job(file, table, chosen, seed, entry.get("seconds"))
-                    )
-    return list(jobs.values())
-
-
-class Worker:
-    """A process that runs one job after another, so that Python, torch and the GPU's context start once.
-
-    Args:
-        threads: of torch on the CPU.
-    """
-
-    def __init__(self, threads: int) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "experiments.gpu_batch", "--worker"]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, request: dict[str, Any]) -> str:
-        """Runs a job to its end and returns what came of it; a dead worker says so."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            reply = self.process.stdout.readline()
-        except OSError:
-            reply = ""
-        return str(json.loads(reply)) if reply else f"the process died, exit {self.process.wait()}"
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def work() -> None:
-    """What a :class:`Worker`'s process does: jobs from its input, a line of output for each."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    for line in sys.stdin:
-        request = json.loads(line)
-        with open(request["log"], "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            said = _run_one(request)
-            _forget()
-            print(json.dumps(said), file=replies, flush=True)
-
-
-def _run_one(request: dict[str, Any]) -> str:
-    try:
-        config = read_rows(request["file"])[request["row"]]
-        run = Run(
-            config,
-            request["seed"],
-            data_dir=request["data_dir"],
-            device=request["device"],
-            results=Path(request["results"]),
-            work=Path(request["work"]),
-        )
-        result = run.train(request["stop_at"] - time.time())  # making the model took some of it
-        return str(result["error"] or result["best"])
-    except OutOfTime as error:
-        return f"out of time: {error}"
-    except Exception as error:  # whatever it is: the other jobs go on
-        traceback.print_exc()
-        return f"{type(error).__name__}: {error}"
-
-
-def _forget() -> None:
-    """Frees what a run left, so that the next one's peak of memory is its own."""
-    if torch.cuda.is_available():
-        torch._dynamo.reset()  # compiled code holds the model
-        gc.collect()
-        torch.cuda.empty_cache()
+CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
 class Batch:
@@ -293,38 +131,6 @@ class Batch:
             bundle(self.results, self.bundle_to)
 
 
-def bundle(results: Path, path: Path) -> int:
-    """All results below ``results`` as one .tar.gz; returns how many."""
-    files = sorted(results.rglob("seed-*.json"))
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for file in files:
-            tar.add(file, arcname=file.relative_to(results).as_posix())
-    write_atomically(path, packed.getvalue())
-    return len(files)
-
-
-def unbundle(path: Path, results: Path) -> int:
-    """Puts the results of a bundle below ``results``; returns how many.
-
-    Raises:
-        ConfigError: a member that is no result.
-    """
-    count = 0
-    with tarfile.open(fileobj=io.BytesIO(path.read_bytes())) as tar:
-        for member in tar.getmembers():
-            parts = Path(member.name).parts
-            fits = len(parts) == 3 and ".." not in parts and member.isfile() and parts[2].startswith("seed-")
-            check(fits, "bundle", member.name, "TABLE/ROW/seed-N.json")
-            target = results.joinpath(*parts)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            content = tar.extractfile(member)
-            assert content is not None
-            target.write_bytes(content.read())
-            count += 1
-    return count
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.gpu_batch", description=__doc__)
@@ -336,13 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("experiments/results"))
     parser.add_argument("--work", type=Path, default=Path("runs"))
     parser.add_argument("--bundle", type=Path, help="a .tar.gz for all results, renewed after every run")
-    parser.add_argument("--worker", action="store_true", help="for internal use: runs jobs from standard input")
     parser.add_argument("--unbundle", type=Path, help="puts the results of a bundle in place and does nothing else")
     parser.add_argument("--list", action="store_true", help="shows what is left to do and does nothing else")
     given = parser.parse_args(arguments)
-    if given.worker:
-        work()
-        return
     try:
         if given.unbundle:
             print(f"{unbundle(given.unbundle, given.results)} results in {given.results}")

@@ -158,7 +158,7 @@ def _number(setting: str) -> float:
 
 
 def _chosen(tried: Sequence[tuple[str, float | None, int]], higher: bool) -> str:
-    """Of the settings with most seeds the best; of equal ones the lowest, as :mod:`experiments.gpu_batch` chooses."""
+    """Of the settings with most seeds the best; of equal ones the lowest, as :mod:`experiments.jobs` chooses."""
     ordered = sorted(tried, key=lambda one: _number(one[0]))
     good = [(setting, score, seeds) for setting, score, seeds in ordered if score is not None]
     if not good:

@@ -5,8 +5,10 @@ import tarfile
 
 import pytest
 
+from experiments.bundle import bundle, unbundle
 from experiments.config import ConfigError
-from experiments.gpu_batch import CONFIGS, Batch, bundle, main, read_queue, unbundle
+from experiments.gpu_batch import CONFIGS, Batch, main
+from experiments.jobs import read_queue
 from experiments.run import read_rows
 from experiments.steptime import main as time_steps
 
