@@ -223,17 +223,17 @@ def finish_kernel(
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] in "xTRNG"])
 def planes_kernel(
     x, grad_hashes, table, planes_parts,
-    xb: tl.int64, xt: tl.int64, xh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, H: tl.int64,
+    xb: tl.int64, xt: tl.int64, xh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, YW: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The hyperplanes' gradient of a run: its tokens x by the gradients of their projections (programs: runs * H)."""
-    run = tl.program_id(0) // H
-    head = tl.program_id(0) - run * H
+    """The hyperplanes' gradient of a run: its tokens x by the gradients of their projections (programs: runs * G)."""
+    run = tl.program_id(0) // G
+    head = tl.program_id(0) - run * G
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
     count = (end - start).to(tl.int32)
     x += whole_rows(batch * xb + head * xh + start * xt, ALIGNED)
-    grad_hashes += ((batch * H + head) * T + start) * YW
+    grad_hashes += ((batch * G + head) * T + start) * YW
     c = tl.arange(0, C)
     n = tl.arange(0, N)
     planes_sum = tl.zeros([DP, N], tl.float32)
@@ -243,4 +243,4 @@ def planes_kernel(
         at = (grad_hashes + t * YW) + (c[:, None] * YW + n[None, :])
         grad_y = tl.load(at, mask=here[:, None] & (n < YW)[None, :], other=0.0)
         planes_sum = add_dot(planes_sum, tl.trans(operand(rows, PRECISION)), grad_y, PRECISION)
-    store_hash_gradient(planes_parts, run.to(tl.int64) * H + head, planes_sum, N, D, DP, ROWS)
+    store_hash_gradient(planes_parts, run.to(tl.int64) * G + head, planes_sum, N, D, DP, ROWS)
