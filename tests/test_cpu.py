@@ -69,6 +69,15 @@ def test_every_instruction_set_keeps_the_budgets(isa):
     assert done.stdout.strip() == isa
 
 
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_nan_under_every_instruction_set(isa):
+    if isa not in cpu_library.load().isas():
+        pytest.skip(f"this processor has no {isa}")
+    code = "import pytest, sys; sys.exit(pytest.main(['-q', 'tests/test_nonfinite.py', '-k', 'cpu-cpu']))"
+    done = in_a_process(code, RACE_ATTENTION_CPU_ISA=isa)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
@@ -339,6 +348,39 @@ def test_offsets_past_2_31(causal):
         place.copy_(inputs[name])
     right = race_attention(**inputs, backend="cpu")
     assert torch.equal(race_attention(**{**inputs, **places}, backend="cpu"), right)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is kept on Linux")
+def test_large_results_take_the_memory_of_those_that_are_gone():
+    """And only of those: a result, or a view of it, keeps its memory as long as it lives."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    library = cpu_library.load()
+    library.forget()
+    query, key, value = (torch.randn(1, 66000, 1, 128) for _ in range(3))  # 33.8 MB
+    planes = torch.randn(1, 1, 1, 128)
+
+    def call():
+        return race_attention(query, key, value, planes, 1.0, causal=True, backend="cpu")
+
+    first = call()
+    right, view, place = first.clone(), first[0, 7], first.data_ptr()
+    del first
+    second = call()
+    assert second.data_ptr() != place
+    assert torch.equal(view, right[0, 7])
+    del view
+    third = call()
+    assert third.data_ptr() == place
+    assert torch.equal(third, right)
+    assert torch.equal(second, right)
+    with torch.inference_mode():
+        assert torch.equal(call(), right)
+    query.requires_grad_()
+    (gradient,) = torch.autograd.grad(call().sum(), query)
+    assert gradient.shape == query.shape
+    assert gradient.is_contiguous()
+    assert bool(gradient.isfinite().all())
+    library.forget()
 
 
 @pytest.mark.slow

@@ -9,17 +9,21 @@ Shape letters are those of :mod:`race_attention.backends.call`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 from . import cpu_library
 from .call import Call
 
 _STORES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16)}  # code, bits
+_LARGE = 1 << 25  # bytes of a result that malloc takes fresh from the system each time
 _MOST_BUCKETS = 1 << 16
 _FLOAT32_PLANES = 8  # with more, a key's least weight is a denormal float32: such calls compute in float64
 _INPUTS = (
@@ -143,7 +147,7 @@ def _forward_results(
     groups, dim_v = value.shape[2:]
     tables, buckets = hyperplanes.shape[1], 2 ** hyperplanes.shape[2]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out = query.new_empty(batch, length, heads, dim_v)
+    out = _tokens_like(query, batch, length, heads, dim_v)
     state = (rows, groups, tables, buckets) if return_state else (0,)
     mass = query.new_empty(state, dtype=torch.float64)
     value_sum = query.new_empty((*state, dim_v) if return_state else (0,), dtype=torch.float64)
@@ -158,10 +162,31 @@ def _gradients(inputs: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, .
     """
     query, key, value, hyperplanes, beta, log_decay, _, _, _, mass, value_sum = inputs[:11]
     tensors = (query, key, value, hyperplanes, beta, log_decay, mass, value_sum)
-    return tuple(
-        query.new_empty((0,)) if x is None or not want else (x.new_zeros if place in (3, 4) else x.new_empty)(x.shape)
-        for place, (x, want) in enumerate(zip(tensors, wanted, strict=True))
-    )
+    results = []
+    for place, (x, want) in enumerate(zip(tensors, wanted, strict=True)):
+        if x is None or not want:
+            results.append(query.new_empty((0,)))
+        elif place < 3:
+            results.append(_tokens_like(x, *x.shape))
+        else:
+            results.append((x.new_zeros if place in (3, 4) else x.new_empty)(x.shape))
+    return tuple(results)
+
+
+def _tokens_like(x: Tensor, *shape: int) -> Tensor:
+    """A result [B, T, heads, size] of the dtype of ``x``, uninitialised; a large one in kept memory."""
+    large = math.prod(shape) * x.itemsize >= _LARGE
+    if large and type(x) is Tensor and x.device.type == "cpu" and not _fills_memory():
+        capsule = cpu_library.load().lend(shape, *_DLPACK[x.dtype])
+        if capsule is not None:
+            return torch.utils.dlpack.from_dlpack(capsule)
+    return x.new_empty(shape)
+
+
+def _fills_memory() -> bool:
+    """Whether torch was asked to fill new memory with NaN, for tests."""
+    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return fills and torch.are_deterministic_algorithms_enabled()
 
 
 def run_length(buckets: int) -> int:

@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 LIBRARY_VARIABLE = "RACE_ATTENTION_CPU_LIBRARY"
 ISA_VARIABLE = "RACE_ATTENTION_CPU_ISA"
@@ -24,6 +25,11 @@ _RESULTS = {
     3: "the shared library is of another version of the package; build it again",
     4: "the instruction set does not run on this processor",
 }
+
+
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype = ctypes.py_object
+_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class Library:
@@ -41,9 +47,29 @@ class Library:
         for function in (self.forward, self.backward):
             function.argtypes = [ctypes.c_char_p]
         self._pack = struct.Struct(f"{_FIELDS}q").pack
+        self._library.race_cpu_lend.restype = ctypes.c_void_p
+        self._library.race_cpu_lend.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
         api = ctypes.pythonapi
         names = (api.PyGILState_Ensure, api.PyGILState_Release, api.PyErr_CheckSignals, api.PyErr_Clear)
         self._signals = tuple(ctypes.cast(function, ctypes.c_void_p).value for function in names)
+
+    def lend(self, shape: tuple[int, ...], code: int, bits: int) -> Any:
+        """A DLPack capsule of uninitialised memory that is kept for the next call when its tensor is gone.
+
+        Args:
+            shape: of the contiguous tensor.
+            code: of its dtype, DLPack's.
+            bits: of its dtype.
+
+        Returns:
+            The capsule, or None where the system knows no such memory.
+        """
+        pointer = self._library.race_cpu_lend(struct.pack("4q", *shape), code, bits)
+        return None if pointer is None else _capsule(pointer, b"dltensor", None)
+
+    def forget(self) -> None:
+        """Gives the memory that is kept for the next call back to the system."""
+        self._library.race_cpu_forget()
 
     def _name(self, isa: int) -> str | None:
         name: bytes | None = self._library.race_cpu_isa_name(isa)

@@ -19,6 +19,7 @@ namespace {
 
 template <class T>
 class Causal : public Base<T> {
+ protected:
   using Base<T>::p;
   using Base<T>::a;
   using Base<T>::f;
@@ -59,11 +60,12 @@ class Causal : public Base<T> {
       for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run) {
         look_back(t, piece->begin);
         this->for_heads([&] {
-          query_run(t, min_of(t + a.run, piece->end), piece->slot, true);
-          key_run(t, min_of(t + a.run, piece->end), piece->slot, false);
+          query_run(t, min_of(t + a.run, piece->end), true);
+          this->add_hash_gradients(piece->slot, 0);
+          key_run(t, min_of(t + a.run, piece->end), piece->slot);
         });
       }
-      this->for_heads([&] { finish_backward(*piece); });
+      this->for_heads([&] { finish_backward(*piece, *room.adjoint); });
     }
   }
   void backward_query() {  // in the order of `backward`, so that sums over tokens come out the same
@@ -71,7 +73,10 @@ class Causal : public Base<T> {
       this->enter(*piece);
       for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run) {
         look_back(t, piece->begin);
-        this->for_heads([&] { query_run(t, min_of(t + a.run, piece->end), piece->slot, false); });
+        this->for_heads([&] {
+          query_run(t, min_of(t + a.run, piece->end), false);
+          this->add_hash_gradients(piece->slot, 0);
+        });
       }
     }
   }
@@ -80,7 +85,10 @@ class Causal : public Base<T> {
     this->enter(piece);
     this->for_heads([&] { room.adjoint->clear(); });
     for (i64 t = last_run(piece); t >= piece.begin && !this->stopped(); t -= a.run)
-      this->for_heads([&] { key_run(t, min_of(t + a.run, piece.end), piece.slot, true); });
+      this->for_heads([&] {
+        sum_adjoints(t, min_of(t + a.run, piece.end));
+        room.adjoint->end_run();
+      });
     this->for_heads([&] {
       this->gather(room.adjoint->acc(), this->left());
       work.left_factor[this->further()] = room.adjoint->kept;
@@ -92,9 +100,9 @@ class Causal : public Base<T> {
       start_adjoints(*piece, piece + 1 == work.end);
       for (i64 t = last_run(*piece); t >= piece->begin && !this->stopped(); t -= a.run) {
         look_back(t, piece->begin);
-        this->for_heads([&] { key_run(t, min_of(t + a.run, piece->end), piece->slot, false); });
+        this->for_heads([&] { key_run(t, min_of(t + a.run, piece->end), piece->slot); });
       }
-      this->for_heads([&] { finish_backward(*piece); });
+      this->for_heads([&] { finish_backward(*piece, *room.adjoint); });
     }
   }
   // A slot that ends inside a row hands on factor * given + left; see Work.
@@ -116,11 +124,8 @@ class Causal : public Base<T> {
     }
   }
 
- private:
-#ifndef RACE_CHUNK
-#define RACE_CHUNK 64
-#endif
-  static constexpr i64 kChunk = RACE_CHUNK;  // tokens
+ protected:
+  static constexpr i64 kChunk = 64;  // tokens: the blocks of a forward do not reach over its bounds
 
   void hand_on(Running<T>& state, const Piece& piece, bool at_edge, const State& from, double* to) {
     if (at_edge) {
@@ -157,10 +162,9 @@ class Causal : public Base<T> {
       room.state->start_run();
       if (a.saved && begin > 0 && !only_state) this->gather(room.state->w, this->saved(begin / a.run));
     });
-    const i64 chunk = work.heads > 1 ? kChunk : a.run;
-    for (i64 t = begin; t < end; t += chunk) {
-      look_forward(t + chunk, chunk, only_state);
-      this->for_heads([&] { forward_chunk(t, min_of(t + chunk, end), only_state); });
+    for (i64 t = begin; t < end; t += kChunk) {
+      look_forward(t + kChunk, kChunk, only_state);
+      this->for_heads([&] { forward_chunk(t, min_of(t + kChunk, end), only_state); });
     }
     if (end == row.klen && !a.final_mass && !only_state) return;  // nobody asks what the row leaves
     this->for_heads([&] { room.state->end_run(); });
@@ -195,14 +199,18 @@ class Causal : public Base<T> {
       scale_before(state, b);
       take_keys(b, begin, rows, nullptr);
       const Tile<T> v = this->load_values(b, rows);
-      if (!only_state && p.heads_a_group == 1) {
-        forward_block(b, begin, rows, v);
-        continue;
-      }
-      if (!only_state)
-        for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) forward_queries(b, begin, h, rows, v);
-      this->add_to_state(state.w, state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+      if (only_state)
+        this->add_to_state(state.w, state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+      else
+        read_block(b, begin, rows, v);
     }
+  }
+
+  // The outputs of a block whose keys have their buckets in `pk`, and what it adds to the state.
+  void read_block(const Block<T>& b, i64 run_begin, i64 rows, const Tile<T>& v) {
+    if (p.heads_a_group == 1) return forward_block(b, run_begin, rows, v);
+    for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) forward_queries(b, run_begin, h, rows, v);
+    this->add_to_state(room.state->w, room.state->second, room.pk, v.p, v.ld, b.count, nullptr, b.over);
   }
 
   // Outputs and state together, where a key head has one query head: values are read once.
@@ -216,9 +224,9 @@ class Causal : public Base<T> {
          {room.pq, C, 1, state.w, room.size.ld, p.states},
          {room.scores, C, 1, v.p, v.ld, b.count},
          true},
-        b.count, {{state.w, room.size.ld, state.sum, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, false}, p.states,
+        b.count, {{state.w, room.size.ld, state.second, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, false}, p.states,
         room.size.value, &room.ahead);
-    this->add_masses(state.w, state.sum, room.pk, b.count, nullptr, b.over);
+    this->add_masses(state.w, state.second, room.pk, b.count, nullptr, b.over);
     this->store(a.out, row.q0, b, g, a.value_dim, room.size.value, room.inverse);
   }
 
@@ -243,7 +251,7 @@ class Causal : public Base<T> {
     room.state->start_run();
   }
 
-  void query_run(i64 begin, i64 end, i64 slot, bool keys_follow) {
+  void query_run(i64 begin, i64 end, bool keys_follow) {
     start_state(begin / a.run);
     this->cut_blocks(begin, end, *room.state);
     room.begin_stash(keys_follow);
@@ -259,7 +267,6 @@ class Causal : public Base<T> {
       for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, begin, h, rows, v);
       this->add_to_state(room.state->w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
     }
-    this->add_hash_gradients(slot, 0);
   }
 
   void backward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
@@ -300,38 +307,53 @@ class Causal : public Base<T> {
     if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, room.slopes, x, a.dq, row.q0, b, h, rows);
   }
 
-  void key_run(i64 begin, i64 end, i64 slot, bool only_state) {
+  void key_run(i64 begin, i64 end, i64 slot) {
     Running<T>& adjoint = *room.adjoint;
     adjoint.start_run();
-    this->from_the_end = true;
     this->cut_blocks(begin, end, adjoint);
+    keys_of_run(begin);
+    if (handed_on(begin)) adjoint.end_run();
+    this->add_hash_gradients(slot, 1);
+    if (a.dlog_decay) decay_gradients(begin, end, decay_flow(begin, adjoint));
+  }
+  // The gradients of a run's keys from its last block to its first, and the adjoint of the state along with them.
+  void keys_of_run(i64 begin) {
+    Running<T>& adjoint = *room.adjoint;
     this->clear_hash_gradients();
+    this->from_the_end = true;
     for (i64 n = room.block_count - 1; n >= 0; --n) {
       const Block<T>& b = room.blocks[n];
       this->next_block();
       if (b.over != T(1)) adjoint.scale(b.over);
-      if (only_state)
-        accumulate_adjoint(b, begin);
-      else
-        backward_keys(b, begin, n);
+      backward_keys(b, begin, n);
       if (b.before != T(1)) adjoint.scale(b.before);
     }
-    if (begin > 0 || only_state || a.dinitial_mass || a.dinitial_value_sum || a.dlog_decay) adjoint.end_run();
     this->from_the_end = false;
     room.end_stash();
-    if (only_state) return;
-    this->add_hash_gradients(slot, 1);
-    if (a.dlog_decay) backward_decay(begin, end);
   }
+  // Whether anybody asks for the adjoint before the run that begins here.
+  bool handed_on(i64 begin) const { return begin > 0 || a.dinitial_mass || a.dinitial_value_sum || a.dlog_decay; }
 
-  void accumulate_adjoint(const Block<T>& b, i64 run_begin) {
-    const i64 rows = round_up(b.count, W<T>);
-    for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
-      take_queries(b, run_begin, h, rows, nullptr);
-      take_grad_out(b, h, rows);
-      this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, room.size.value, b.count,
-                         room.den_adjoint, T(1));
+  // What a run's queries alone add to the adjoint of the state: its `sum`.
+  void sum_adjoints(i64 begin, i64 end) {
+    Running<T>& adjoint = *room.adjoint;
+    adjoint.start_sum();
+    this->cut_blocks(begin, end, adjoint);
+    this->from_the_end = true;
+    for (i64 n = room.block_count - 1; n >= 0; --n) {
+      const Block<T>& b = room.blocks[n];
+      const i64 rows = round_up(b.count, W<T>);
+      this->next_block();
+      if (b.over != T(1)) adjoint.scale_sum(b.over);
+      room.stash_keys(p, n);
+      for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
+        take_queries_again(b, begin, h, rows);
+        take_grad_out(b, h, rows);
+        this->add_to_state(adjoint.sum, nullptr, room.pq, room.scaled, room.size.value, b.count, room.den_adjoint, T(1));
+      }
+      if (b.before != T(1)) adjoint.scale_sum(b.before);
     }
+    this->from_the_end = false;
   }
 
   void backward_keys(const Block<T>& b, i64 run_begin, i64 n) {
@@ -357,7 +379,7 @@ class Causal : public Base<T> {
       if (single)
         value_gradients(b);
       else
-        this->add_to_state(room.adjoint->w, room.adjoint->sum, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
+        this->add_to_state(room.adjoint->w, room.adjoint->second, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
     }
     if (a.dv.data)
       store_tile<T>(p, a.dv, row.batch, row.k0 + b.begin, g, b.count, a.value_dim, room.grad, Vp, nullptr);
@@ -375,17 +397,16 @@ class Causal : public Base<T> {
          {room.pk, C, 1, n.w, ld, p.states},
          {room.scores, 1, C, room.scaled, Vp, b.count},
          false},
-        b.count, {{n.w, ld, n.sum, T(1)}, {room.pq, 1, C, room.scaled, Vp, b.count}, {}, false}, p.states, Vp,
+        b.count, {{n.w, ld, n.second, T(1)}, {room.pq, 1, C, room.scaled, Vp, b.count}, {}, false}, p.states, Vp,
         &room.ahead);
-    this->add_masses(n.w, n.sum, room.pq, b.count, room.den_adjoint, T(1));
+    this->add_masses(n.w, n.second, room.pq, b.count, room.den_adjoint, T(1));
   }
 
   // dL/dlog_decay of a run's first token is (adjoint before it) . (state before it); from there on it changes by
   // phi_k . dphi_k at each token. phi_q . dphi_q is 0: a normalised output does not change when phi_q is scaled.
   // Starting afresh at each run keeps the rounding of long sums out.
-  void backward_decay(i64 begin, i64 end) {
+  double decay_flow(i64 begin, Running<T>& n) {
     start_state(begin / a.run);
-    Running<T>& n = *room.adjoint;
     const double *base = n.base(), *acc = n.acc();
     double flow = 0;
     for (i64 s = 0; s < p.states; ++s)
@@ -394,6 +415,9 @@ class Causal : public Base<T> {
         const i64 i = s * room.size.ld + d;
         flow += (n.kept * base[i] + acc[i]) * static_cast<double>(room.state->w[i]);
       }
+    return flow;
+  }
+  void decay_gradients(i64 begin, i64 end, double flow) {
     T* to = static_cast<T*>(a.dlog_decay);
     for (i64 t = begin; t < end; ++t) {
       to[(row.batch * a.tk + row.k0 + t) * a.groups + g] = static_cast<T>(flow);
@@ -401,10 +425,10 @@ class Causal : public Base<T> {
     }
   }
 
-  void finish_backward(const Piece& piece) {
+  void finish_backward(const Piece& piece, Running<T>& adjoint) {
     if (!piece.first || !(a.dinitial_mass || a.dinitial_value_sum) || this->stopped()) return;
-    room.adjoint->next_piece();
-    this->write_state(room.adjoint->base(), a.dinitial_mass, a.dinitial_value_sum);
+    adjoint.next_piece();
+    this->write_state(adjoint.base(), a.dinitial_mass, a.dinitial_value_sum);
   }
 
   void scale_before(Running<T>& state, const Block<T>& b) {

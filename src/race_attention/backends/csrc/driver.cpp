@@ -25,6 +25,10 @@ constexpr i64 kLarge = i64(1) << 23;  // bytes of a result that no cache is expe
 constexpr double kPerSecond = 2e10;  // multiplications and additions of one thread, roughly
 // Passing over a row's pieces at the same time costs a further pass over keys and values (forward).
 constexpr double kForwardCost = 1.5, kBackwardCost = 1.25;
+// In a relay threads take the runs of a row in turns: a little more arithmetic, no further pass, but only as many threads
+// as can hand the state on without waiting for each other. A row has so many runs a thread at least.
+constexpr double kRelayCost = 1.15;
+constexpr i64 kMostInRelay = 16, kRunsInRelay = 8;
 // Heads passed over together: at most so many, so many bytes of a token's row, so many of their states.
 constexpr i64 kMostLanes = 4, kMostRow = 2048, kMostStates = i64(5) << 15;
 constexpr double kUneven = 1.05;
@@ -63,6 +67,7 @@ class Call {
     a.causal ? cut_causal() : cut_full();
     prepare(1, kForwardCost);
     if (!a.causal) return full({kFullRows, kFullReadout});
+    if (p.relay) return run_relay(kRelay) ? kDone : kInterrupted;
     if (together(kForwardCost)) return run_chains(kForward) ? kDone : kInterrupted;
     make_room_for_states();
     return run_slots(kAccumulate, +1) && scan(kScan) && run_slots(kForward, 0) ? kDone : kInterrupted;
@@ -83,7 +88,9 @@ class Call {
     if (!a.causal) {
       result = full({kFullRowsBackward, kFullBackwardQuery, kFullBackwardKey});
     } else {
-      if (together(kBackwardCost)) {
+      if (p.relay) {
+        result = run_relay(kRelayBackward) ? kDone : kInterrupted;
+      } else if (together(kBackwardCost)) {
         result = run_chains(kBackward) ? kDone : kInterrupted;
       } else {
         make_room_for_states();
@@ -106,7 +113,7 @@ class Call {
   std::vector<Range> slots, chains;           // causal: slots, and slots that lie in common rows
   std::vector<Range> key_parts, query_parts;  // not causal: pieces of rows, row by row (size: the row's place)
   std::vector<Range> parts_of_row_keys, parts_of_row_queries;
-  std::vector<char> packed;
+  std::vector<char> packed, baton;
   std::unique_ptr<char[]> inverse;
   std::vector<double> partial, carry, local, factor;
   std::unique_ptr<Team> team;
@@ -205,7 +212,9 @@ class Call {
     p.large = a.batch * std::max(a.tq * a.heads, a.tk * a.groups) * std::max(a.dim, a.value_dim) * bytes >= kLarge;
     const double seconds = passes * tokens * a_query / kPerSecond;
     threads = Team::size(a, seconds);
+    p.threads = threads;
     choose_lanes(bytes, cost);
+    if (a.causal && threads > 1 && threads <= kMostInRelay) choose_relay(bytes);
     team.reset(new Team(a, kernels.scratch_bytes(p), seconds));
     p.stop = team->stop();
     ask_for_large_pages(a.out, a.batch * a.tq, a.heads, a.value_dim, bytes);
@@ -214,14 +223,18 @@ class Call {
     ask_for_large_pages(a.dv, a.batch * a.tk, a.groups, a.value_dim, bytes);
   }
 
-  // Key heads that a thread passes over together: several where their tokens lie side by side and their states fit
-  // into the caches, unless threads would be left without work.
+  // Whether so many key heads are worth a thread's passing over them together: their tokens lie side by side, and their
+  // states fit into the caches.
+  bool side_by_side(i64 lanes, i64 bytes) const {
+    return p.large && a.k.d == 1 && a.k.h == a.dim && a.groups % lanes == 0 && lanes * a.dim * bytes <= kMostRow &&
+           lanes * state_size * 8 <= kMostStates;
+  }
+  // Several heads at once, unless threads would be left without work.
   void choose_lanes(i64 bytes, double cost) {
     p.lanes = 1;
-    if (!a.causal || !p.large || a.k.d != 1 || a.k.h != a.dim) return;
+    if (!a.causal) return;
     const bool alone = together(cost);
-    for (i64 lanes = 2; lanes <= kMostLanes; lanes *= 2) {
-      if (a.groups % lanes || lanes * a.dim * bytes > kMostRow || lanes * state_size * 8 > kMostStates) return;
+    for (i64 lanes = 2; lanes <= kMostLanes && side_by_side(lanes, bytes); lanes *= 2) {
       p.lanes = lanes;
       const bool fits = alone ? longest_share() <= kUneven * even_share()
                               : static_cast<i64>(slots.size()) * lots() >= 8 * threads;
@@ -229,6 +242,18 @@ class Call {
       p.lanes = lanes / 2;
       return;
     }
+  }
+  // A relay: where threads could not pass over as many heads together as there are, or would be left without work.
+  void choose_relay(i64 bytes) {
+    i64 most = 1;
+    while (2 * most <= kMostLanes && side_by_side(2 * most, bytes)) most *= 2;
+    i64 longest = 0;
+    for (const Row& row : rows) longest = std::max(longest, row.klen);
+    if (longest < kRunsInRelay * threads * a.run) return;
+    if (p.lanes == most && longest_share() <= kRelayCost * even_share()) return;
+    p.lanes = most;
+    baton.resize(kernels.relay_bytes(p) + 64);
+    p.relay = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(baton.data()) + 63) / 64 * 64);
   }
   i64 lots() const { return (a.groups + p.lanes - 1) / p.lanes; }
 
@@ -278,6 +303,15 @@ class Call {
       work = work_of(pass, g, chains[static_cast<std::size_t>(at)]);
       return true;
     });
+  }
+
+  bool run_relay(int pass) {
+    for (i64 g = 0; g < a.groups; g += p.lanes) {
+      kernels.begin_relay(p, p.relay);
+      const Work work = work_of(pass, g, {0, static_cast<i64>(pieces.size()), 0});
+      if (!team->run(threads, [&](i64, void* scratch) { kernels.work(p, work, scratch); })) return false;
+    }
+    return true;
   }
 
   void make_room_for_states() {

@@ -2,8 +2,8 @@
 // RACE_NAMESPACE, RACE_BYTES (of a vector) and RACE_NAME.
 #pragma once
 
-#include "causal.hpp"
 #include "full.hpp"
+#include "relay.hpp"
 
 namespace race {
 namespace RACE_NAMESPACE {
@@ -30,7 +30,7 @@ void pack_of(const Problem& p, T* to) {  // hyperplanes as rows of padded length
 
 template <class T>
 void work_of(const Problem& p, const Work& work, void* scratch) {
-  if (work.pass < kFullRows) {
+  if (work.pass < kRelay) {
     Causal<T> pass(p, work, scratch);
     switch (work.pass) {
       case kForward: return pass.forward(false);
@@ -42,6 +42,10 @@ void work_of(const Problem& p, const Work& work, void* scratch) {
       case kScan: return pass.scan();
       default: return pass.backward_scan();
     }
+  }
+  if (work.pass < kFullRows) {
+    Relay<T> pass(p, work, scratch);
+    return work.pass == kRelay ? pass.forward() : pass.backward();
   }
   Full<T> pass(p, work, scratch);
   switch (work.pass) {
@@ -56,6 +60,18 @@ void work_of(const Problem& p, const Work& work, void* scratch) {
   }
 }
 
+template <class T>
+std::size_t relay_bytes_of(const Problem& p) {
+  Cutter count(nullptr);
+  lay_baton<T>(p, count);
+  return count.used();
+}
+template <class T>
+void begin_relay_of(const Problem& p, void* memory) {
+  Cutter cut(memory);
+  lay_baton<T>(p, cut);
+}
+
 bool wide(const Problem& p) { return p.a->store == kFloat64; }
 std::size_t scratch_bytes(const Problem& p) { return wide(p) ? scratch_of<double>(p) : scratch_of<float>(p); }
 std::size_t packed_bytes(const Problem& p) {
@@ -66,6 +82,10 @@ std::size_t packed_bytes(const Problem& p) {
 void pack(const Problem& p, void* to) {
   wide(p) ? pack_of<double>(p, static_cast<double*>(to)) : pack_of<float>(p, static_cast<float*>(to));
 }
+std::size_t relay_bytes(const Problem& p) { return wide(p) ? relay_bytes_of<double>(p) : relay_bytes_of<float>(p); }
+void begin_relay(const Problem& p, void* memory) {
+  wide(p) ? begin_relay_of<double>(p, memory) : begin_relay_of<float>(p, memory);
+}
 void work(const Problem& p, const Work& w, void* scratch) {
   wide(p) ? work_of<double>(p, w, scratch) : work_of<float>(p, w, scratch);
   finish_streams();
@@ -74,7 +94,7 @@ void work(const Problem& p, const Work& w, void* scratch) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {RACE_NAME, scratch_bytes, packed_bytes, pack, work};
+const Kernels kernels = {RACE_NAME, scratch_bytes, packed_bytes, pack, relay_bytes, begin_relay, work};
 
 }  // namespace RACE_NAMESPACE
 }  // namespace race

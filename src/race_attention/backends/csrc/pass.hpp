@@ -116,10 +116,13 @@ class Base {
   // larger is applied to the state by itself.
   void cut_blocks(i64 begin, i64 end, Running<T>& state) {
     room.block_count = 0;
+    add_blocks(begin, end, begin, state);
+  }
+  void add_blocks(i64 begin, i64 end, i64 run_begin, Running<T>& state) {
     for (i64 t = begin; t < end;) {
       Block<T>& block = room.blocks[room.block_count++];
       block = {t, min_of(C, end - t), T(1), T(1)};
-      if (a.log_decay) decay_block(block, begin, state);
+      if (a.log_decay) decay_block(block, run_begin, state);
       t += block.count;
     }
   }
@@ -161,13 +164,14 @@ class Base {
     for (i64 i = 0; i < p.projections * room.size.dim; ++i) room.dw[i] = 0;
     for (i64 i = 0; i < W<T>; ++i) room.dbeta[i] = 0;
   }
-  void add_hash_gradients(i64 slot, int which) {
+  void add_hash_gradients(i64 slot, int which) { add_hash_gradients(slot, which, room.dw, room.dbeta); }
+  void add_hash_gradients(i64 slot, int which, const T* dw, const T* dbeta) {
     if (!wants_hash()) return;
     const i64 LP = p.projections, D = a.dim;
     double* to = p.partial + ((g * p.slots + slot) * 2 + which) * (LP * D + 1);
     for (i64 i = 0; i < LP; ++i)
-      for (i64 d = 0; d < D; ++d) to[i * D + d] += static_cast<double>(room.dw[i * room.size.dim + d]);
-    for (i64 i = 0; i < W<T>; ++i) to[LP * D] += static_cast<double>(room.dbeta[i]);
+      for (i64 d = 0; d < D; ++d) to[i * D + d] += static_cast<double>(dw[i * room.size.dim + d]);
+    for (i64 i = 0; i < W<T>; ++i) to[LP * D] += static_cast<double>(dbeta[i]);
   }
 
   // ---- blocks --------------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ struct Problem {
   i64 slots;
   i64 lanes;                  // key heads that one thread passes over together, at most
   i64 large;                  // whether results are too large for the caches
+  i64 threads;
+  void* relay;                // in a relay, what its threads share: see relay.hpp
   const void* packed_planes;  // [G][L * P][padded D]
   void* inverse;              // [B * Tq * H][3]: 1 / denominator, its adjoint, lift; from queries to keys
   double* partial;            // [G][slots][2][L * P * D + 1]: gradients of hyperplanes and of beta
@@ -102,6 +104,8 @@ enum Pass : int {
   kBackwardKey,         // the gradients of keys, values, log_decay and initial state
   kScan,                // from what each slot leaves to what each slot is given
   kBackwardScan,
+  kRelay,               // causal: as kForward and kBackward, but the runs of a row are spread over threads
+  kRelayBackward,
   kFullRows,            // not causal: whole rows, forward
   kFullRowsBackward,
   kFullAccumulate,      // not causal, rows in pieces: the state of keys
@@ -128,6 +132,8 @@ struct Kernels {
   std::size_t (*scratch_bytes)(const Problem&);
   std::size_t (*packed_bytes)(const Problem&);
   void (*pack)(const Problem&, void*);
+  std::size_t (*relay_bytes)(const Problem&);
+  void (*begin_relay)(const Problem&, void*);
   void (*work)(const Problem&, const Work&, void* scratch);
 };
 

@@ -47,13 +47,13 @@ constexpr i64 kMostLanes = 4;
 template <class T>
 class Running {
  public:
-  T *w = nullptr, *sum = nullptr;
+  T *w = nullptr, *sum = nullptr, *second = nullptr;  // second: sum, or null where only w is wanted
   double kept = 1, run_factor = 1;  // run_factor: decay over the run so far
   i64 size = 0;
 
   void place(T* of_w, T* of_sum, double* of_base, double* of_acc, i64 count) {
     w = of_w;
-    sum = of_sum;
+    sum = second = of_sum;
     base_ = of_base;
     acc_ = of_acc;
     size = count;
@@ -67,8 +67,14 @@ class Running {
     kept = 1;
   }
   RACE_INLINE void start_run() {
+    start_sum();
+    read();
+  }
+  RACE_INLINE void start_sum() {
     run_factor = 1;
     for (i64 i = 0; i < size; ++i) sum[i] = 0;
+  }
+  RACE_INLINE void read() {
     if (!has_base_ && !has_acc_)
       for (i64 i = 0; i < size; ++i) w[i] = 0;
     else if (!has_base_)
@@ -100,10 +106,11 @@ class Running {
     kept = 1;
   }
   RACE_INLINE void scale(T factor) {
-    for (i64 i = 0; i < size; ++i) {
-      w[i] *= factor;
-      sum[i] *= factor;
-    }
+    for (i64 i = 0; i < size; ++i) w[i] *= factor;
+    if (second) scale_sum(factor);
+  }
+  RACE_INLINE void scale_sum(T factor) {
+    for (i64 i = 0; i < size; ++i) sum[i] *= factor;
   }
 
  private:
@@ -129,7 +136,7 @@ struct Room {
   Running<T> states[kMostLanes], adjoints[kMostLanes];
   Running<T> *state, *adjoint;  // of the head at hand
   Block<T>* blocks;
-  i64 block_count;
+  i64 block_count, run_pk_blocks;
   T *query_factor, *key_factor;  // [run] exp(g) and exp(-g)
   T *x, *v, *q, *grad, *scaled, *out;
   T *pk, *pq, *dphi, *y, *dy;
@@ -137,7 +144,8 @@ struct Room {
   T *scores, *other;  // [C][C]
   T *part_k, *part_q, *den, *inverse, *den_adjoint, *lift, *total;
   T *key_term;  // [run]
-  T *dw, *dbeta;
+  T *run_pk;    // in a relay: the buckets of a run's keys, block after block
+  T *dw, *dbeta, *dw_queries, *dbeta_queries;  // in a relay those of queries wait for their turn
   Ahead ahead;
   // What the keys' pass over a run would compute again: pk, pq of each head and the keys' slopes, block after block.
   // Kept only where it fits into the caches.
@@ -145,12 +153,13 @@ struct Room {
   T *stash, *own_pk, *own_pq;
   Slopes<T> key_slopes, own_slopes;
   i64 stash_stride;
-  bool stashed;
+  bool stashed, relay;
 
   Room(const Problem& p, Cutter& cut) : size(sizes<T>(p)) {
     const i64 S = p.states, LP = p.projections, run = p.a->run;
     T* shared[2] = {nullptr, nullptr};
-    for (i64 n = 0; n < p.lanes; ++n) {
+    const i64 lanes = p.relay ? 1 : p.lanes;  // in a relay heads take turns run by run
+    for (i64 n = 0; n < lanes; ++n) {
       const i64 count = S * size.ld;
       Running<T>* const both[] = {&states[n], &adjoints[n]};
       for (Running<T>* r : both) {
@@ -166,6 +175,7 @@ struct Room {
       shared[0] = adjoints[0].w;
       shared[1] = adjoints[0].sum;
     }
+    relay = p.relay != nullptr;
     use(0);
     blocks = cut.take<Block<T>>(run);
     query_factor = cut.take<T>(run);
@@ -189,6 +199,10 @@ struct Room {
     for (T** a : of_tokens) *a = cut.take<T>(C);
     dw = cut.take<T>(LP * size.dim);
     dbeta = cut.take<T>(W<T>);
+    dw_queries = cut.take<T>(p.relay ? LP * size.dim : 0);
+    dbeta_queries = cut.take<T>(p.relay ? W<T> : 0);
+    run_pk_blocks = p.relay ? 2 * (run / C + 1) : 0;  // strong decays make shorter blocks, and more
+    run_pk = cut.take<T>(run_pk_blocks * S * C);
     stash_stride = C * (S * (1 + p.heads_a_group) + 4 * LP);
     const bool wanted = p.inverse != nullptr && stash_stride * (run / C) <= kMostStash;
     stash = cut.take<T>(wanted ? kMostStash : 0);
@@ -201,6 +215,7 @@ struct Room {
   }
 
   RACE_INLINE void use(i64 lane) {
+    if (relay) lane = 0;
     state = &states[lane];
     adjoint = &adjoints[lane];
   }
