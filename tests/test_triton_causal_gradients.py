@@ -1,0 +1,94 @@
+"""The backward pass by blocks of 16-bit inputs: where blocks, chunks and runs begin and end, and hard values there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from race_attention.testing import make_inputs, oracle
+from tests.helpers import assert_equal_results, evaluate, in_double, whole
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
+DTYPES = (FLOAT16,) if INTERPRETED else (FLOAT16, BFLOAT16)
+
+#: Chunks are 128 tokens, blocks 64 and with large heads 32: one token more, one less, and all of it at once.
+SHAPES: dict[str, dict[str, Any]] = {
+    "half-a-chunk": {"tokens": 64},
+    "one-token-over": {"tokens": 129, "decay": "token"},
+    "one-token-short": {"tokens": 255, "decay": "head", "planes": 1, "tables": 3},
+    "full-tile": {"tokens": 200, "planes": 4, "tables": 4, "heads": 2, "kv_heads": 1, "decay": "token"},
+    "batch": {"batch": 2, "tokens": 140, "masked": 0.3, "decay": "token", "initial_state": True},
+    "large-heads": {"tokens": 140, "value_dim": 130, "decay": "token"},
+    "packed": {"lengths": (70, 0, 1, 200, 128, 63), "decay": "token", "initial_state": True},
+    "packed-groups": {"lengths": (129, 90), "heads": 4, "kv_heads": 2, "masked": 0.2},
+}
+
+
+@pytest.fixture(params=["short runs", "one run"])
+def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from race_attention.backends.triton import plan, replay
+
+    if request.param == "one run":
+        monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
+    replay.forget()
+    yield
+    replay.forget()
+
+
+def _check(options: dict[str, Any], dtype: torch.dtype) -> None:
+    given: dict[str, Any] = {"causal": True, "batch": 1, "heads": 1, "dim": 6, "planes": 2, "tables": 2} | options
+    inputs = make_inputs(**given, dtype=dtype, device=DEVICE, requires_grad=True, seed=8)
+    right = evaluate(lambda x: oracle(**x, return_state=True), in_double(inputs))
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("runs")
+def test_equals_the_oracle(shape: str, dtype: torch.dtype) -> None:
+    _check(SHAPES[shape], dtype)
+
+
+@pytest.mark.parametrize("block", [32, 128])
+def test_blocks_of_another_size(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two gradients' blocks the smaller: what one leaves the other reads."""
+    from race_attention.backends.triton import configs, plan, replay
+
+    name = configs.key("causal_key_gradient", 16, 16, 16, DTYPES[-1])
+    monkeypatch.setitem(configs._trial, name, configs.Config(block, 4, 1))
+    plan.forget()
+    replay.forget()
+    try:
+        _check({"tokens": 200, "decay": "token"}, DTYPES[-1])
+    finally:
+        monkeypatch.undo()
+        plan.forget()
+        replay.forget()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("every", [1, 50])
+@pytest.mark.usefixtures("runs")
+def test_decays_that_forget_all(every: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=200, heads=1, dim=6, decay="token", dtype=dtype, device=DEVICE,
+        requires_grad=False, seed=9,
+    )  # fmt: skip
+    inputs["log_decay"][:, 3::every] = -1e4
+    inputs = {
+        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    right = evaluate(lambda x: oracle(**x, return_state=True), in_double(inputs))
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
