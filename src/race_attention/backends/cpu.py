@@ -31,6 +31,7 @@ _INPUTS = (
     "Tensor? cu_seqlens, Tensor? cu_seqlens_key, Tensor? initial_mass, Tensor? initial_value_sum, bool causal"
 )
 _NO_TOKENS, _NO_STATE = (0,) * 5, (0,) * 11
+_NOTHING = torch.empty(0)
 
 #: Why the library cannot be used, or None. A constant, which torch.compile can see through; this module is imported
 #: when a call asks for it.
@@ -95,9 +96,10 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not _plain(inputs):
         out, mass, value_sum, _ = torch.ops.race_attention.cpu_forward(*arguments, save)
     elif save:
-        out, mass, value_sum = _Function.apply(*arguments)
+        results = _Function.apply(*arguments)
+        out, mass, value_sum = results if call.return_state else (results, None, None)
     else:
-        out, mass, value_sum, _ = _forward(*arguments, False)
+        out, mass, value_sum, _ = _forward_checked(*arguments, False)
     out = out.to(call.query.dtype)
     return (out, mass, value_sum) if call.return_state else (out, None, None)
 
@@ -155,8 +157,19 @@ def _forward_results(
     return out, mass, value_sum, hyperplanes.new_empty(saved if causal and save else (0,))
 
 
-def _gradients(inputs: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """The results of cpu_backward, of size 0 where not wanted.
+def _leanest_results(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, with one tensor in the place of all that hold nothing: a new one takes 3 us."""
+    query, value, hyperplanes = arguments[0], arguments[2], arguments[3]
+    *_, causal, return_state, save = arguments
+    batch, length, heads, _ = query.shape
+    long = length * batch >= run_length(hyperplanes.shape[1] << hyperplanes.shape[2])
+    if return_state or (causal and save and long):
+        return _forward_results(*arguments)
+    return _tokens_like(query, batch, length, heads, value.shape[3]), _NOTHING, _NOTHING, _NOTHING
+
+
+def _gradients(inputs: Sequence[Any], wanted: Sequence[bool], nothing: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The results of cpu_backward, of size 0 (or all of them ``nothing``) where not wanted.
 
     Uninitialised but for those of hyperplanes and beta, which no row writes where there is none.
     """
@@ -165,7 +178,7 @@ def _gradients(inputs: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, .
     results = []
     for place, (x, want) in enumerate(zip(tensors, wanted, strict=True)):
         if x is None or not want:
-            results.append(query.new_empty((0,)))
+            results.append(query.new_empty((0,)) if nothing is None else nothing)
         elif place < 3:
             results.append(_tokens_like(x, *x.shape))
         else:
@@ -200,11 +213,21 @@ def run_length(buckets: int) -> int:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = _forward_results(*arguments)
-    inputs, return_state = arguments[:12], arguments[12]
+    _call_forward(_verified(arguments[:12]), arguments[12], results)
+    return results
+
+
+def _forward_checked(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for inputs that the public call has checked a moment ago."""
+    results = _leanest_results(*arguments)
+    _call_forward(_readable(arguments[:12]), arguments[12], results)
+    return results
+
+
+def _call_forward(inputs: Sequence[Any], return_state: bool, results: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     out, mass, value_sum, saved = results
-    kept = _verified(inputs)
     fields = [
-        *_common(kept),
+        *_common(inputs),
         *_tokens(out),
         mass.data_ptr() if return_state else 0,
         value_sum.data_ptr() if return_state else 0,
@@ -215,19 +238,38 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *((0,) * 5),
     ]
     cpu_library.load().call(False, fields)
-    return results
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (saved, grad_out, grad_mass, grad_value_sum, wanted) = arguments[:12], arguments[12:]
-    results = _gradients(inputs, wanted)
-    kept = _verified(inputs)
-    query, value = kept[0], kept[2]
+    results = _gradients(arguments[:12], arguments[16])
+    _call_backward(_verified(arguments[:12]), results, *arguments[12:])
+    return results
+
+
+def _backward_checked(*arguments: Any) -> tuple[Tensor, ...]:
+    """The same for inputs that were checked before the forward, and which autograd has watched since."""
+    results = _gradients(arguments[:12], arguments[16], _NOTHING)
+    _call_backward(_readable(arguments[:12]), results, *arguments[12:])
+    return results
+
+
+def _call_backward(
+    inputs: Sequence[Any],
+    results: tuple[Tensor, ...],
+    saved: Tensor,
+    grad_out: Tensor | None,
+    grad_mass: Tensor | None,
+    grad_value_sum: Tensor | None,
+    wanted: Sequence[bool],
+) -> None:
+    query, value = inputs[0], inputs[2]
     if grad_out is None:
         grad_out = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
+    elif grad_out.is_neg():
+        grad_out = grad_out.resolve_neg()
     dq, dk, dv, dplanes, dbeta, ddecay, dmass, dvalue_sum = results
     fields = [
-        *_common(kept),
+        *_common(inputs),
         *_NO_TOKENS,
         0,
         0,
@@ -240,7 +282,6 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         *(x.data_ptr() for x in (dplanes, dbeta, ddecay, dmass, dvalue_sum)),
     ]
     cpu_library.load().call(True, fields)
-    return results
 
 
 # ---- between tensors and the C interface -------------------------------------------------------------------
@@ -287,8 +328,16 @@ def _verified(inputs: Sequence[Any]) -> Sequence[Any]:
         cu, cu_key = _verified_offsets(cu, length, batch), _verified_offsets(cu_key, keys, batch)
         if cu.shape != cu_key.shape or (causal and not torch.equal(cu, cu_key)):
             raise ValueError("cu_seqlens_key: allowed are as many offsets as cu_seqlens has, and the same if causal")
-    # A negative or conjugate view would be read as what it is not; neither exists for these dtypes but negation.
-    query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
+    return _readable((query, key, value, hyperplanes, beta, log_decay, key_mask, cu, cu_key, mass, value_sum, causal))
+
+
+def _readable(inputs: Sequence[Any]) -> Sequence[Any]:
+    """The inputs as they lie in memory. A view that is only marked as negated would be read as what it is not."""
+    query, key, value, hyperplanes, beta, log_decay, key_mask, cu, cu_key, mass, value_sum, causal = inputs
+    if query.is_neg() or key.is_neg() or value.is_neg():
+        query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
+    if cu is not None:
+        cu, cu_key = cu.contiguous(), cu_key.contiguous()
     return (query, key, value, hyperplanes, beta, log_decay, key_mask, cu, cu_key, mass, value_sum, causal)
 
 
@@ -368,7 +417,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_
     arguments = (*inputs, ctx.causal, saved, grad_out, grad_mass, grad_sum, wanted)
     # With gradients switched on somebody wants second derivatives: the operator refuses.
     plain = not torch.is_grad_enabled() and _plain((*tensors, grad_out, grad_mass, grad_sum))
-    grads = _backward(*arguments) if plain else torch.ops.race_attention.cpu_backward(*arguments)
+    grads = _backward_checked(*arguments) if plain else torch.ops.race_attention.cpu_backward(*arguments)
     query, key, value, planes, beta, decay, mass, value_sum = (
         grad if want else None for grad, want in zip(grads, wanted, strict=True)
     )
@@ -379,15 +428,14 @@ class _Function(torch.autograd.Function):
     """The operators' autograd without the operators."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, mass, value_sum, saved = _forward(*arguments, True)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        out, mass, value_sum, saved = _forward_checked(*arguments, True)
         _setup_context(ctx, arguments, (out, mass, value_sum, saved))
-        return out, mass, value_sum
+        return (out, mass, value_sum) if arguments[12] else out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad_out, grad_mass, grad_sum = grads
-        return _autograd(ctx, grad_out, grad_mass, grad_sum, None)[:-1]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_mass: Any = None, grad_value_sum: Any = None) -> Any:
+        return _autograd(ctx, grad_out, grad_mass, grad_value_sum, None)[:-1]
 
 
 def _no_second_order(ctx: Any, *grads: Any) -> Any:
