@@ -202,26 +202,30 @@ class Causal : public Base<T> {
       if (only_state)
         this->add_to_state(state.w, state.sum, room.pk, v.p, v.ld, b.count, nullptr, b.over);
       else
-        read_block(b, begin, rows, v);
+        read_block(b, begin, rows, v, a.final_mass || b.begin + b.count < row.klen);
     }
   }
+  // Buckets of the state that a block reads: none where it begins its row, and no state was given.
+  i64 states_before(const Block<T>& b) const { return b.begin > 0 || a.initial.mass ? p.states : 0; }
 
-  // The outputs of a block whose keys have their buckets in `pk`, and what it adds to the state.
-  void read_block(const Block<T>& b, i64 run_begin, i64 rows, const Tile<T>& v) {
-    if (p.heads_a_group == 1) return forward_block(b, run_begin, rows, v);
+  // The outputs of a block whose keys have their buckets in `pk`, and, where it is read again, the state behind it.
+  void read_block(const Block<T>& b, i64 run_begin, i64 rows, const Tile<T>& v, bool state_wanted) {
+    if (p.heads_a_group == 1 && state_wanted) return forward_block(b, run_begin, rows, v);
     for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) forward_queries(b, run_begin, h, rows, v);
+    if (!state_wanted) return;
     this->add_to_state(room.state->w, room.state->second, room.pk, v.p, v.ld, b.count, nullptr, b.over);
   }
 
   // Outputs and state together, where a key head has one query head: values are read once.
   void forward_block(const Block<T>& b, i64 run_begin, i64 rows, const Tile<T>& v) {
     Running<T>& state = *room.state;
+    const i64 states = states_before(b);
     take_queries(b, run_begin, g, rows, nullptr);
     this->score(b.count, rows);
-    this->denominators(state.w, rows, b.count);
+    this->denominators(state.w, states, rows, b.count);
     combine_both<T, Set<T>, Add<T>>(
         {{room.out, room.size.value},
-         {room.pq, C, 1, state.w, room.size.ld, p.states},
+         {room.pq, C, 1, state.w, room.size.ld, states},
          {room.scores, C, 1, v.p, v.ld, b.count},
          true},
         b.count, {{state.w, room.size.ld, state.second, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, false}, p.states,
@@ -232,10 +236,11 @@ class Causal : public Base<T> {
 
   void forward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
     const T* w = room.state->w;
+    const i64 states = states_before(b);
     take_queries(b, run_begin, h, rows, nullptr);
     this->score(b.count, rows);
-    this->denominators(w, rows, b.count);
-    set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states},
+    this->denominators(w, states, rows, b.count);
+    set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, states},
                    {room.scores, C, 1, v.p, v.ld, b.count}, true, &room.ahead);
     this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
   }
@@ -265,7 +270,8 @@ class Causal : public Base<T> {
       take_keys(b, begin, rows, room.stashed ? &room.key_slopes : nullptr);
       const Tile<T> v = this->load_values(b, rows);
       for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, begin, h, rows, v);
-      this->add_to_state(room.state->w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
+      if (n + 1 < room.block_count)  // the next run starts from a state of its own
+        this->add_to_state(room.state->w, nullptr, room.pk, v.p, v.ld, b.count, nullptr, b.over);
     }
   }
 
@@ -275,7 +281,7 @@ class Causal : public Base<T> {
     const Tile<T> x = take_queries(b, run_begin, h, rows, &room.slopes);
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
     this->score(b.count, rows);
-    this->denominators(w, rows, b.count);
+    this->denominators(w, p.states, rows, b.count);
     this->drop_gradients_out_of_range(b.count);
     dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value);
     dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value, &room.ahead);
@@ -325,7 +331,7 @@ class Causal : public Base<T> {
       const Block<T>& b = room.blocks[n];
       this->next_block();
       if (b.over != T(1)) adjoint.scale(b.over);
-      backward_keys(b, begin, n);
+      backward_keys(b, begin, n, n > 0 || (adjoint.second && handed_on(begin)));
       if (b.before != T(1)) adjoint.scale(b.before);
     }
     this->from_the_end = false;
@@ -356,7 +362,7 @@ class Causal : public Base<T> {
     this->from_the_end = false;
   }
 
-  void backward_keys(const Block<T>& b, i64 run_begin, i64 n) {
+  void backward_keys(const Block<T>& b, i64 run_begin, i64 n, bool state_wanted) {
     const i64 rows = round_up(b.count, W<T>), ld = room.size.ld, Vp = room.size.value;
     const T* w = room.adjoint->w;
     const Tile<T> x = take_keys_again(b, run_begin, n, rows);
@@ -377,8 +383,8 @@ class Causal : public Base<T> {
         for (i64 j = 0; j < rows; ++j) room.other[i * C + j] = j <= i ? room.other[i * C + j] + room.den_adjoint[i] : T(0);
       add_product<T>(room.dphi, C, p.states, rows, {room.pq, 1, C, room.other, C, b.count});
       if (single)
-        value_gradients(b);
-      else
+        value_gradients(b, state_wanted);
+      else if (state_wanted)
         this->add_to_state(room.adjoint->w, room.adjoint->second, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
     }
     if (a.dv.data)
@@ -389,9 +395,12 @@ class Causal : public Base<T> {
   }
 
   // dv and the state's adjoint together, where a key head has one query head.
-  void value_gradients(const Block<T>& b) {
+  void value_gradients(const Block<T>& b, bool state_wanted) {
     const Running<T>& n = *room.adjoint;
     const i64 ld = room.size.ld, Vp = room.size.value;
+    if (!state_wanted)
+      return set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, n.w, ld, p.states},
+                            {room.scores, 1, C, room.scaled, Vp, b.count}, false, &room.ahead);
     combine_both<T, Set<T>, Add<T>>(
         {{room.grad, Vp},
          {room.pk, C, 1, n.w, ld, p.states},

@@ -130,7 +130,7 @@ class Full : public Base<T> {
       blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
         for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
           take_queries(b, h, rows, nullptr);
-          this->denominators(w, rows, 0);
+          this->denominators(w, p.states, rows, 0);
           set_product<T>(room.out, room.size.value, b.count, room.size.value,
                          {room.pq, C, 1, w, room.size.ld, p.states});
           this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
@@ -155,7 +155,7 @@ class Full : public Base<T> {
     const i64 ld = room.size.ld, Vp = room.size.value;
     const Tile<T> x = take_queries(b, h, rows, &room.slopes);
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
-    this->denominators(w, rows, 0);
+    this->denominators(w, p.states, rows, 0);
     this->drop_gradients_out_of_range(b.count);
     dots<T>(room.dphi, C, w, ld, p.states, grad.p, grad.ld, rows, Vp, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {

@@ -256,12 +256,12 @@ class Base {
   // den[i] = pq_i . mass, and with `inside` what the block's own keys add; inverse[i] = 1 / den[i], or 0 where no key
   // is seen (NaN stays NaN). An output does not change when pq_i is scaled: where den is so small that 1 / den would
   // overflow (10 planes, all of opposite signs; or decay), pq_i, its scores and den are scaled by lift[i].
-  void denominators(const T* w, i64 rows, i64 inside) {
+  void denominators(const T* w, i64 states, i64 rows, i64 inside) {
     bool any = false;
     for (i64 t = 0; t < rows; t += W<T>) {
       const T* mass = w + room.size.value;
       V<T> part[4] = {};  // four sums, for the processor to have more than one addition under way
-      for (i64 s = 0; s < p.states; ++s, mass += room.size.ld) part[s & 3] += *mass * load(room.pq + s * C + t);
+      for (i64 s = 0; s < states; ++s, mass += room.size.ld) part[s & 3] += *mass * load(room.pq + s * C + t);
       for (i64 j = 0; j < inside; ++j) part[j & 3] += load(room.scores + j * C + t);
       const V<T> den = (part[0] + part[1]) + (part[2] + part[3]);
       put(room.den + t, den);

@@ -150,7 +150,7 @@ class Relay : public Causal<T> {
         this->key_parts(b.begin, b.count, nullptr);
       else
         this->take_keys(b, begin, rows, nullptr);
-      this->read_block(b, begin, rows, this->load_values(b, rows));
+      this->read_block(b, begin, rows, this->load_values(b, rows), n + 1 < room.block_count);
     }
     room.pk = room.own_pk;
   }
