@@ -18,7 +18,7 @@ import torch
 from race_attention.backends import cpu
 from race_attention.testing import make_inputs
 from tests.helpers import BACKENDS, CASES, LONG_CASES, check, evaluate, whole
-from tests.test_cpu import LARGE, LARGE_OPTIONS, THREADED
+from tests.test_cpu import LARGE, THREADED, large_inputs
 
 
 def main() -> None:
@@ -34,11 +34,9 @@ def main() -> None:
         for options in THREADED.values():
             evaluate(whole, make_inputs(**options, dim=16, planes=3, requires_grad=True), backend="cpu")
             count += 1
-        for options in LARGE.values():
+        for name in LARGE:
             for dtype in (torch.float32, torch.bfloat16):
-                evaluate(
-                    whole, make_inputs(**{**LARGE_OPTIONS, **options}, dtype=dtype, requires_grad=True), backend="cpu"
-                )
+                evaluate(whole, large_inputs(name, dtype), backend="cpu")
                 count += 1
     sys.stdout.write(f"{cpu.instruction_set()}: {count} cases, nothing found\n")
 

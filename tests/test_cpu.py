@@ -251,14 +251,29 @@ LARGE = {
     "decay, state": {"tokens": 8400, "decay": "token", "initial_state": True, "masked": 0.2},
     "grouped": {"tokens": 8400, "heads": 8, "kv_heads": 4, "dim": 64, "value_dim": 64},
     "packed": {"lengths": (6000, 1, 0, 2400), "decay": "head"},
+    "strong decay": {"tokens": 8400, "decay": "token", "heads": 1, "kv_heads": 1, "strong": True},
+    "full": {"causal": False, "tokens": 8400, "initial_state": True, "masked": 0.2},
+    "full, grouped": {"causal": False, "tokens": 8400, "heads": 8, "kv_heads": 4, "dim": 64, "value_dim": 64},
+    "full, packed": {"causal": False, "lengths": (6000, 1, 0, 2400), "key_lengths": (2000, 3, 700, 8000)},
 }
+
+
+def large_inputs(name, dtype):
+    options = {**LARGE_OPTIONS, **LARGE[name]}
+    strong = options.pop("strong", False)
+    inputs = make_inputs(**options, dtype=dtype, requires_grad=True)
+    if strong:  # blocks that end early, and states that vanish
+        with torch.no_grad():
+            inputs["log_decay"][:, 1::7] = -12.0
+            inputs["log_decay"][:, ::5] = -30.0
+    return inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_heads_passed_over_together(name, dtype, threads):
-    """By four, by two (four heads, two threads) and over pieces of a row (five threads); the same to the bit."""
-    inputs = make_inputs(**{**LARGE_OPTIONS, **LARGE[name]}, dtype=dtype, requires_grad=True)
+    """By one thread, in runs that threads take in turns (two), and over pieces of a row (five); the same to the bit."""
+    inputs = large_inputs(name, dtype)
     threads(1)
     alone = evaluate(whole, inputs, backend="cpu")
     for key, right in evaluate(whole, in_double(inputs), backend="reference").items():

@@ -232,7 +232,12 @@ class Call {
   // Several heads at once, unless threads would be left without work.
   void choose_lanes(i64 bytes, double cost) {
     p.lanes = 1;
-    if (!a.causal) return;
+    if (!a.causal) {
+      const i64 tasks = static_cast<i64>(std::max(slots.size(), std::min(key_parts.size(), query_parts.size())));
+      while (2 * p.lanes <= kMostLanes && side_by_side(2 * p.lanes, bytes) && tasks * a.groups >= 16 * p.lanes * threads)
+        p.lanes *= 2;
+      return;
+    }
     const bool alone = together(cost);
     for (i64 lanes = 2; lanes <= kMostLanes && side_by_side(lanes, bytes); lanes *= 2) {
       p.lanes = lanes;
@@ -372,9 +377,9 @@ class Call {
   }
   double* of_row(i64 place, i64 g, int adjoint) { return carry.data() + ((place * a.groups + g) * 2 + adjoint) * state_size; }
   bool leave(int pass, const std::vector<Range>& parts, int adjoint) {
-    return team->run(static_cast<i64>(parts.size()) * a.groups, [&](i64 n, void* scratch) {
-      const Range& part = parts[static_cast<std::size_t>(n / a.groups)];
-      const i64 g = n % a.groups;
+    return team->run(static_cast<i64>(parts.size()) * lots(), [&](i64 n, void* scratch) {
+      const Range& part = parts[static_cast<std::size_t>(n / lots())];
+      const i64 g = n % lots() * p.lanes;
       Work work = work_of(pass, g, part);
       work.given = of_row(part.size, g, adjoint);
       work.left = of_slot(local, g, pieces[static_cast<std::size_t>(part.begin)].slot);
@@ -386,6 +391,7 @@ class Call {
       const Range& row = parts[static_cast<std::size_t>(n / a.groups)];
       const i64 g = n % a.groups;
       Work work = work_of(pass, g, row);
+      work.heads = 1;
       work.given = of_slot(local, g, 0);
       work.left = of_row(row.size, g, adjoint);
       kernels.work(p, work, scratch);

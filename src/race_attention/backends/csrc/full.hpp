@@ -26,7 +26,9 @@ class Full : public Base<T> {
     for (const Piece* piece = work.begin; piece != work.end && !this->stopped(); ++piece) {
       this->enter(*piece);
       sum_keys_of_row();
-      if (a.final_mass) this->write_state(room.state->base(), a.final_mass, a.final_value_sum);
+      this->for_heads([&] {
+        if (a.final_mass) this->write_state(room.state->base(), a.final_mass, a.final_value_sum);
+      });
       readout(0, row.qlen);
     }
   }
@@ -34,12 +36,16 @@ class Full : public Base<T> {
     for (const Piece* piece = work.begin; piece != work.end && !this->stopped(); ++piece) {
       this->enter(*piece);
       sum_keys_of_row();
-      room.adjoint->clear();
-      this->read_state(a.grad_final, *room.adjoint);
+      this->for_heads([&] {
+        room.adjoint->clear();
+        this->read_state(a.grad_final, *room.adjoint);
+      });
       backward_query(0, row.qlen, piece->slot);
-      room.adjoint->next_piece();
-      this->write_state(room.adjoint->base(), a.dinitial_mass, a.dinitial_value_sum);
-      room.adjoint->start_run();
+      this->for_heads([&] {
+        room.adjoint->next_piece();
+        this->write_state(room.adjoint->base(), a.dinitial_mass, a.dinitial_value_sum);
+        room.adjoint->start_run();
+      });
       backward_key(0, row.klen, piece->slot);
     }
   }
@@ -48,25 +54,27 @@ class Full : public Base<T> {
 
   void accumulate() {
     this->enter(*work.begin);
-    room.state->clear();
+    this->for_heads([&] { room.state->clear(); });
     sum_keys(work.begin->begin, work.begin->end);
-    this->gather(room.state->acc(), work.left);
+    this->for_heads([&] { this->gather(room.state->acc(), this->left()); });
   }
   void readout() {
     this->enter(*work.begin);
-    start_from(*room.state);
+    this->for_heads([&] { start_from(*room.state); });
     readout(work.begin->begin, work.begin->end);
   }
   void backward_query() {
     this->enter(*work.begin);
-    start_from(*room.state);
-    room.adjoint->clear();
+    this->for_heads([&] {
+      start_from(*room.state);
+      room.adjoint->clear();
+    });
     backward_query(work.begin->begin, work.begin->end, work.begin->slot);
-    this->gather(room.adjoint->acc(), work.left);
+    this->for_heads([&] { this->gather(room.adjoint->acc(), this->left()); });
   }
   void backward_key() {
     this->enter(*work.begin);
-    start_from(*room.adjoint);
+    this->for_heads([&] { start_from(*room.adjoint); });
     backward_key(work.begin->begin, work.begin->end, work.begin->slot);
   }
   void reduce() {
@@ -92,16 +100,29 @@ class Full : public Base<T> {
   }
   void start_from(Running<T>& state) {
     state.clear();
-    this->spread(work.given, state.base());
+    this->spread(work.given + (g - work.g) * 2 * p.states * (a.value_dim + 1), state.base());
     state.start_run();
   }
   void sum_keys_of_row() {
-    room.state->clear();
-    this->read_state(a.initial, *room.state);
+    this->for_heads([&] {
+      room.state->clear();
+      this->read_state(a.initial, *room.state);
+    });
     sum_keys(0, row.klen);
-    room.state->next_piece();
-    room.state->start_run();
+    this->for_heads([&] {
+      room.state->next_piece();
+      room.state->start_run();
+    });
   }
+  // Asks for tokens [begin, end) of what a pass reads, of all heads at hand, while it works on those before.
+  void look(const Tokens& x, const Tokens* y, i64 first, i64 begin, i64 end, i64 heads_each) {
+    if (work.heads == 1 || !p.large || begin >= end) return;
+    room.ahead.start();
+    this->ask_far(x, first, begin, end, heads_each, a.dim);
+    if (y) this->ask_far(*y, first, begin, end, heads_each, a.value_dim);
+    room.ahead.pace();
+  }
+  static constexpr i64 kChunk = 64;  // tokens after which the next head takes its turn
 
   template <class Do>
   void blocks(i64 begin, i64 end, Do&& work_on) {
@@ -114,39 +135,53 @@ class Full : public Base<T> {
 
   void sum_keys(i64 begin, i64 end) {
     for (i64 t = begin; t < end && !this->stopped(); t += a.run) {
-      room.state->start_run();
-      blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
-        take_keys(b, rows, nullptr);
-        const Tile<T> v = this->load_values(b, rows);
-        this->add_to_state(room.state->sum, nullptr, room.pk, v.p, v.ld, b.count, nullptr, T(1));
-      });
-      room.state->end_run();
+      this->for_heads([&] { room.state->start_sum(); });
+      const i64 behind = min_of(t + a.run, end);
+      for (i64 c = t; c < behind; c += kChunk) {
+        look(a.k, &a.v, row.k0, c + kChunk, min_of(c + 2 * kChunk, end), 1);
+        this->for_heads([&] {
+          blocks(c, min_of(c + kChunk, behind), [&](const Block<T>& b, i64 rows) {
+            take_keys(b, rows, nullptr);
+            const Tile<T> v = this->load_values(b, rows);
+            this->add_to_state(room.state->sum, nullptr, room.pk, v.p, v.ld, b.count, nullptr, T(1));
+          });
+        });
+      }
+      this->for_heads([&] { room.state->end_run(); });
     }
   }
 
   void readout(i64 begin, i64 end) {
-    const T* w = room.state->w;
-    for (i64 t = begin; t < end && !this->stopped(); t += a.run)
-      blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
-        for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
-          take_queries(b, h, rows, nullptr);
-          this->denominators(w, p.states, rows, 0);
-          set_product<T>(room.out, room.size.value, b.count, room.size.value,
-                         {room.pq, C, 1, w, room.size.ld, p.states});
-          this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
-        }
+    for (i64 t = begin; t < end && !this->stopped(); t += kChunk) {
+      look(a.q, nullptr, row.q0, t + kChunk, min_of(t + 2 * kChunk, end), p.heads_a_group);
+      this->for_heads([&] {
+        blocks(t, min_of(t + kChunk, end), [&](const Block<T>& b, i64 rows) {
+          for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) read_block(b, h, rows);
+        });
       });
+    }
+  }
+  void read_block(const Block<T>& b, i64 h, i64 rows) {
+    const T* w = room.state->w;
+    take_queries(b, h, rows, nullptr);
+    this->denominators(w, p.states, rows, 0);
+    set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states}, {},
+                   false, &room.ahead);
+    this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
   }
 
   void backward_query(i64 begin, i64 end, i64 slot) {
     for (i64 t = begin; t < end && !this->stopped(); t += a.run) {
-      for (i64 i = 0; i < room.adjoint->size; ++i) room.adjoint->sum[i] = 0;
-      this->clear_hash_gradients();
-      blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
-        for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, h, rows);
+      look(a.q, &a.grad_out, row.q0, t + a.run, min_of(t + 2 * a.run, end), p.heads_a_group);
+      this->for_heads([&] {
+        room.adjoint->start_sum();
+        this->clear_hash_gradients();
+        blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
+          for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) backward_queries(b, h, rows);
+        });
+        room.adjoint->end_run();
+        this->add_hash_gradients(slot, 0);
       });
-      room.adjoint->end_run();
-      this->add_hash_gradients(slot, 0);
     }
   }
 
@@ -176,25 +211,29 @@ class Full : public Base<T> {
   }
 
   void backward_key(i64 begin, i64 end, i64 slot) {
+    for (i64 t = begin; t < end && !this->stopped(); t += a.run) {
+      look(a.k, &a.v, row.k0, t + a.run, min_of(t + 2 * a.run, end), 1);
+      this->for_heads([&] { key_run(t, min_of(t + a.run, end), slot); });
+    }
+  }
+  void key_run(i64 begin, i64 end, i64 slot) {
     const T* w = room.adjoint->w;
     const i64 ld = room.size.ld, Vp = room.size.value;
-    for (i64 t = begin; t < end && !this->stopped(); t += a.run) {
-      this->clear_hash_gradients();
-      blocks(t, min_of(t + a.run, end), [&](const Block<T>& b, i64 rows) {
-        const Tile<T> x = take_keys(b, rows, &room.slopes);
-        if (a.dv.data) {
-          set_product<T>(room.out, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
-          this->store(a.dv, row.k0, b, g, a.value_dim, Vp);
-        }
-        if (!a.dk.data && !this->wants_hash()) return;
-        const Tile<T> v = this->load_values(b, rows);
-        dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
-        for (i64 s = 0; s < p.states; ++s)
-          for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
-        this->hash_gradients(room.pk, room.slopes, x, a.dk, row.k0, b, g, rows);
-      });
-      this->add_hash_gradients(slot, 1);
-    }
+    this->clear_hash_gradients();
+    blocks(begin, end, [&](const Block<T>& b, i64 rows) {
+      const Tile<T> x = take_keys(b, rows, &room.slopes);
+      if (a.dv.data) {
+        set_product<T>(room.out, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states}, {}, false, &room.ahead);
+        this->store(a.dv, row.k0, b, g, a.value_dim, Vp);
+      }
+      if (!a.dk.data && !this->wants_hash()) return;
+      const Tile<T> v = this->load_values(b, rows);
+      dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
+      for (i64 s = 0; s < p.states; ++s)
+        for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
+      this->hash_gradients(room.pk, room.slopes, x, a.dk, row.k0, b, g, rows);
+    });
+    this->add_hash_gradients(slot, 1);
   }
 
   Tile<T> take_keys(const Block<T>& b, i64 rows, const Slopes<T>* slopes) {

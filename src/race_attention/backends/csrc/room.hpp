@@ -163,8 +163,8 @@ struct Room {
       const i64 count = S * size.ld;
       Running<T>* const both[] = {&states[n], &adjoints[n]};
       for (Running<T>* r : both) {
-        // Heads take turns with the adjoint run by run: what lives in a run only is theirs together.
-        const bool own = r == &states[n] || n == 0;
+        // Causal, heads take turns with the adjoint run by run: what lives in a run only is theirs together.
+        const bool own = r == &states[n] || n == 0 || !p.a->causal;
         T* const w = own ? cut.take<T>(count) : shared[0];
         T* const sum = own ? cut.take<T>(count) : shared[1];
         double* const base = cut.take<double>(count);
