@@ -10,6 +10,7 @@ Shape letters are those of :mod:`race_attention.backends.call`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,8 @@ from .call import Call
 
 _STORES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16)}  # code, bits
-_LARGE = 1 << 25  # bytes of a result that malloc takes fresh from the system each time
+# Bytes of a result that malloc takes fresh from the system each time; RACE_ATTENTION_CPU_KEEP=0 leaves it to malloc.
+_LARGE = 1 << 62 if os.environ.get("RACE_ATTENTION_CPU_KEEP") == "0" else 1 << 25
 _MOST_BUCKETS = 1 << 16
 _FLOAT32_PLANES = 8  # with more, a key's least weight is a denormal float32: such calls compute in float64
 _INPUTS = (

@@ -14,6 +14,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace race {
@@ -49,6 +50,14 @@ struct Block {
 constexpr int kPlaces = 8;
 std::atomic<Block*> kept[kPlaces];
 std::atomic<unsigned> next_to_go{0};
+std::atomic<std::size_t> kept_bytes{0};
+
+// All that is kept: a quarter of the machine's memory at most.
+std::size_t most_kept() {
+  static const std::size_t most =
+      static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) / 4 * static_cast<std::size_t>(sysconf(_SC_PAGE_SIZE));
+  return most;
+}
 
 void unmap(Block* block) {
   if (block) munmap(block->data, block->bytes);
@@ -68,25 +77,34 @@ Block* map(std::size_t bytes) {
   return new (std::nothrow) Block{bytes, data};
 }
 
-// A kept block that fits and wastes at most an eighth, or a new one in the place of the one kept longest.
+// A kept block that fits and wastes at most an eighth, or a new one.
 Block* take(std::size_t bytes) {
   bytes = (bytes + kLargePage - 1) / kLargePage * kLargePage;
   for (std::atomic<Block*>& place : kept) {
     Block* const found = place.exchange(nullptr);
-    if (found && found->bytes >= bytes && found->bytes <= bytes + bytes / 8) return found;
+    const bool fits = found && found->bytes >= bytes && found->bytes <= bytes + bytes / 8;
     Block* none = nullptr;
-    if (found && !place.compare_exchange_strong(none, found)) unmap(found);
+    if (!found || (!fits && place.compare_exchange_strong(none, found))) continue;
+    kept_bytes -= found->bytes;
+    if (fits) return found;
+    unmap(found);  // another has taken its place meanwhile
   }
   return map(bytes);
 }
 
 void keep(Block* block) {
+  if ((kept_bytes += block->bytes) > most_kept()) {
+    kept_bytes -= block->bytes;
+    return unmap(block);
+  }
   madvise(block->data, block->bytes, MADV_FREE);
   for (std::atomic<Block*>& place : kept) {
     Block* none = nullptr;
     if (place.compare_exchange_strong(none, block)) return;
   }
-  unmap(kept[next_to_go++ % kPlaces].exchange(block));
+  Block* const gone = kept[next_to_go++ % kPlaces].exchange(block);
+  if (gone) kept_bytes -= gone->bytes;
+  unmap(gone);
 }
 
 struct Loan {
@@ -115,7 +133,11 @@ DLManagedTensor* lend(const std::int64_t* shape, std::uint8_t code, std::uint8_t
   return &loan->managed;
 }
 void forget() {
-  for (std::atomic<Block*>& place : kept) unmap(place.exchange(nullptr));
+  for (std::atomic<Block*>& place : kept) {
+    Block* const found = place.exchange(nullptr);
+    if (found) kept_bytes -= found->bytes;
+    unmap(found);
+  }
 }
 
 #else
