@@ -227,8 +227,9 @@ class Causal : public Base<T> {
         {{room.out, room.size.value},
          {room.pq, C, 1, state.w, room.size.ld, states},
          {room.scores, C, 1, v.p, v.ld, b.count},
-         true},
-        b.count, {{state.w, room.size.ld, state.second, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, false}, p.states,
+         Terms::kUpToRow},
+        b.count, {{state.w, room.size.ld, state.second, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, Terms::kAll},
+        p.states,
         room.size.value, &room.ahead);
     this->add_masses(state.w, state.second, room.pk, b.count, nullptr, b.over);
     this->store(a.out, row.q0, b, g, a.value_dim, room.size.value, room.inverse);
@@ -241,7 +242,7 @@ class Causal : public Base<T> {
     this->score(b.count, rows);
     this->denominators(w, states, rows, b.count);
     set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, states},
-                   {room.scores, C, 1, v.p, v.ld, b.count}, true, &room.ahead);
+                   {room.scores, C, 1, v.p, v.ld, b.count}, Terms::kUpToRow, &room.ahead);
     this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
   }
 
@@ -283,7 +284,7 @@ class Causal : public Base<T> {
     this->score(b.count, rows);
     this->denominators(w, p.states, rows, b.count);
     this->drop_gradients_out_of_range(b.count);
-    dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value);
+    dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value, nullptr, true);
     dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
       const V<T> dot = this->column_dot(room.pq, room.dphi, t, p.states) +
@@ -296,14 +297,10 @@ class Causal : public Base<T> {
         T* d = room.dphi + s * C + t;
         put<T>(d, load(d) * inverse + c * mass);
       }
-      for (i64 j = 0; j < b.count; ++j) {
-        T* e = room.other + j * C + t;
-        put<T>(e, load(e) * inverse + c);
-      }
     }
-    for (i64 j = 1; j < b.count; ++j)
-      for (i64 i = 0; i < j; ++i) room.other[j * C + i] = 0;
+    weigh_inside(b.count, rows);
     add_product<T>(room.dphi, C, p.states, rows, {room.pk, 1, C, room.other, C, b.count});
+    if (room.stashed) turn_across(b.count);
     for (i64 i = 0; i < b.count; ++i) {
       T* kept = this->inverse_of(b.begin + i, h);
       kept[0] = room.inverse[i];
@@ -376,12 +373,9 @@ class Causal : public Base<T> {
     for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
       take_queries_again(b, run_begin, h, rows);
       take_grad_out(b, h, rows);
-      this->score(b.count, rows);
+      if (!room.stashed) score_again(b, h, v, rows);
       if (!single) add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
-      dots<T>(room.other, C, room.scaled, Vp, b.count, v.p, v.ld, rows, Vp);
-      for (i64 i = 0; i < b.count; ++i)
-        for (i64 j = 0; j < rows; ++j) room.other[i * C + j] = j <= i ? room.other[i * C + j] + room.den_adjoint[i] : T(0);
-      add_product<T>(room.dphi, C, p.states, rows, {room.pq, 1, C, room.other, C, b.count});
+      add_product<T>(room.dphi, C, p.states, rows, {room.pq, 1, C, room.across, C, b.count});
       if (single)
         value_gradients(b, state_wanted);
       else if (state_wanted)
@@ -394,20 +388,45 @@ class Causal : public Base<T> {
     for (i64 i = 0; i < b.count; ++i) room.key_term[b.begin + i - run_begin] = room.total[i];
   }
 
+  // The scores of a block, and its matrix of v_j . h_i + c_i, which the queries' pass may have kept.
+  void score_again(const Block<T>& b, i64 h, const Tile<T>& v, i64 rows) {
+    this->score(b.count, rows);
+    const Tile<T> grad = this->load_grad_out(b, h, rows, room.out);
+    dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value, nullptr, true);
+    weigh_inside(b.count, rows);
+    turn_across(b.count);
+  }
+  // From v_j . dout_i to v_j . h_i + c_i where i sees j, else 0.
+  void weigh_inside(i64 count, i64 rows) {
+    for (i64 t = 0; t < rows; t += W<T>) {
+      const V<T> inverse = load(room.inverse + t), c = load(room.den_adjoint + t);
+      for (i64 j = 0; j < count; ++j) {
+        T* e = room.other + j * C + t;
+        put<T>(e, load(e) * inverse + c);
+      }
+    }
+    for (i64 j = 1; j < count; ++j)
+      for (i64 i = 0; i < j; ++i) room.other[j * C + i] = 0;
+  }
+  void turn_across(i64 count) {
+    for (i64 i = 0; i < count; ++i)
+      for (i64 j = 0; j < C; ++j) room.across[i * C + j] = j < count ? room.other[j * C + i] : T(0);
+  }
+
   // dv and the state's adjoint together, where a key head has one query head.
   void value_gradients(const Block<T>& b, bool state_wanted) {
     const Running<T>& n = *room.adjoint;
     const i64 ld = room.size.ld, Vp = room.size.value;
     if (!state_wanted)
       return set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, n.w, ld, p.states},
-                            {room.scores, 1, C, room.scaled, Vp, b.count}, false, &room.ahead);
+                            {room.scores, 1, C, room.scaled, Vp, b.count}, Terms::kFromRow, &room.ahead);
     combine_both<T, Set<T>, Add<T>>(
         {{room.grad, Vp},
          {room.pk, C, 1, n.w, ld, p.states},
          {room.scores, 1, C, room.scaled, Vp, b.count},
-         false},
-        b.count, {{n.w, ld, n.second, T(1)}, {room.pq, 1, C, room.scaled, Vp, b.count}, {}, false}, p.states, Vp,
-        &room.ahead);
+         Terms::kFromRow},
+        b.count, {{n.w, ld, n.second, T(1)}, {room.pq, 1, C, room.scaled, Vp, b.count}, {}, Terms::kAll},
+        p.states, Vp, &room.ahead);
     this->add_masses(n.w, n.second, room.pq, b.count, room.den_adjoint, T(1));
   }
 
@@ -470,9 +489,10 @@ class Causal : public Base<T> {
   void take_grad_out(const Block<T>& b, i64 h, i64 rows) {
     const i64 Vp = room.size.value;
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.scaled);
-    for (i64 i = b.count; i < C; ++i) room.den_adjoint[i] = 0;
+    for (i64 i = b.count; i < C; ++i) room.den_adjoint[i] = room.inverse[i] = 0;
     for (i64 i = 0; i < b.count; ++i) {
       const T* kept = this->inverse_of(b.begin + i, h);
+      room.inverse[i] = kept[0];
       room.den_adjoint[i] = kept[1];
       if (kept[2] != T(1) && !room.stashed)
         for (i64 s = 0; s < p.states; ++s) room.pq[s * C + i] *= kept[2];

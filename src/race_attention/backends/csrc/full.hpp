@@ -166,7 +166,7 @@ class Full : public Base<T> {
     take_queries(b, h, rows, nullptr);
     this->denominators(w, p.states, rows, 0);
     set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states}, {},
-                   false, &room.ahead);
+                   Terms::kAll, &room.ahead);
     this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
   }
 
@@ -223,7 +223,7 @@ class Full : public Base<T> {
     blocks(begin, end, [&](const Block<T>& b, i64 rows) {
       const Tile<T> x = take_keys(b, rows, &room.slopes);
       if (a.dv.data) {
-        set_product<T>(room.out, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states}, {}, false, &room.ahead);
+        set_product<T>(room.out, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states}, {}, Terms::kAll, &room.ahead);
         this->store(a.dv, row.k0, b, g, a.value_dim, Vp);
       }
       if (!a.dk.data && !this->wants_hash()) return;

@@ -283,8 +283,8 @@ class Base {
       room.den[i] *= kLift;
       room.inverse[i] = T(1) / room.den[i];
       for (i64 s = 0; s < p.states; ++s) room.pq[s * C + i] *= kLift;
-      for (i64 j = 0; j < inside; ++j) room.scores[j * C + i] *= kLift;
     }
+    if (inside) score(inside, rows);  // the keys' pass finds them so: from buckets that are lifted already
   }
 
   // sum over s of a[s][t ..] * b[s][t ..].
@@ -317,7 +317,7 @@ class Base {
     hash_backward<T>(f, rows, phi, room.dphi, slopes, room.dy, room.dbeta, room.total);
     if (to.data) {
       set_product<T>(room.out, room.size.dim, b.count, room.size.dim,
-                     {room.dy, C, 1, f.w, room.size.dim, p.projections}, {}, false, &room.ahead);
+                     {room.dy, C, 1, f.w, room.size.dim, p.projections}, {}, Terms::kAll, &room.ahead);
       store(to, first, b, h, a.dim, room.size.dim);
     }
     if (a.dplanes)

@@ -78,12 +78,18 @@ struct DotTile {
   static constexpr int a = W<T> / b;
 };
 
+// With `triangular` only b >= a is wanted, and tiles without any are 0.
 template <class T>
 RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const T* right, i64 ldr, i64 nb, i64 d,
-                      Ahead* ahead = nullptr) {
+                      Ahead* ahead = nullptr, bool triangular = false) {
   constexpr int A = DotTile<T>::a, B = DotTile<T>::b;
   for (i64 b0 = 0; b0 < nb; b0 += B)
     for (i64 a0 = 0; a0 < na; a0 += A) {
+      if (triangular && b0 + B <= a0) {
+        for (i64 i = a0; i < min_of(a0 + A, na); ++i)
+          for (int j = 0; j < B; ++j) out[i * ldo + b0 + j] = 0;
+        continue;
+      }
       const T* rows[A];
       for (int i = 0; i < A; ++i) rows[i] = left + min_of(a0 + i, na - 1) * ldl;
       const T* columns = right + b0 * ldr;
@@ -166,17 +172,24 @@ struct Add {  // out = factor * (out + sum), and `second` likewise where not nul
   }
 };
 
+enum class Terms { kAll, kUpToRow, kFromRow };
+
 template <class T, class Into>
 struct Combine {
   Into into;
   Pair<T> a, b;
-  bool triangular;  // row i takes only the first i + 1 of b, up to the end of its tile
+  Terms terms;  // of b, which row i takes: its tile takes what any of its rows does
 
   template <int M, int N>
   RACE_INLINE void tile(i64 i, i64 column) const {
     V<T> acc[M][N] = {};
     take<T, M, N>(acc, a, i, column, a.k);
-    if (b.k) take<T, M, N>(acc, b, i, column, triangular ? min_of(b.k, i + M) : b.k);
+    if (b.k) {
+      const i64 end = terms == Terms::kUpToRow ? min_of(b.k, i + M) : b.k;
+      const i64 begin = terms == Terms::kFromRow ? i : 0;
+      const Pair<T> some{b.x + begin * b.xk, b.xk, b.xi, b.rows + begin * b.ld, b.ld, end - begin};
+      take<T, M, N>(acc, some, i, column, some.k);
+    }
     into(i, column, acc);
   }
   template <int N>
@@ -227,14 +240,14 @@ __attribute__((noinline)) void combine_both(const Combine<T, Into>& c, i64 m, co
 }
 
 template <class T>
-RACE_INLINE void set_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, Pair<T> b = {}, bool triangular = false,
+RACE_INLINE void set_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, Pair<T> b = {}, Terms terms = Terms::kAll,
                              Ahead* ahead = nullptr) {
-  combine<T, Set<T>>({{out, ldo}, a, b, triangular}, m, columns, ahead);
+  combine<T, Set<T>>({{out, ldo}, a, b, terms}, m, columns, ahead);
 }
 template <class T>
 RACE_INLINE void add_product(T* out, i64 ldo, i64 m, i64 columns, Pair<T> a, T factor = 1, T* second = nullptr,
                              Ahead* ahead = nullptr) {
-  combine<T, Add<T>>({{out, ldo, second, factor}, a, {}, false}, m, columns, ahead);
+  combine<T, Add<T>>({{out, ldo, second, factor}, a, {}, Terms::kAll}, m, columns, ahead);
 }
 
 }  // namespace

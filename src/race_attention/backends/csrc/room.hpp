@@ -141,16 +141,17 @@ struct Room {
   T *x, *v, *q, *grad, *scaled, *out;
   T *pk, *pq, *dphi, *y, *dy;
   Slopes<T> slopes;
-  T *scores, *other;  // [C][C]
+  T *scores, *other, *across;  // [C][C]
   T *part_k, *part_q, *den, *inverse, *den_adjoint, *lift, *total;
   T *key_term;  // [run]
   T *run_pk;    // in a relay: the buckets of a run's keys, block after block
   T *dw, *dbeta, *dw_queries, *dbeta_queries;  // in a relay those of queries wait for their turn
   Ahead ahead;
-  // What the keys' pass over a run would compute again: pk, pq of each head and the keys' slopes, block after block.
+  // What the keys' pass over a run would compute again: pk and the keys' slopes, and of each head pq, scores and `across`,
+  // block after block.
   // Kept only where it fits into the caches.
   static constexpr i64 kMostStash = i64(1) << 17;
-  T *stash, *own_pk, *own_pq;
+  T *stash, *own_pk, *own_pq, *own_scores, *own_across;
   Slopes<T> key_slopes, own_slopes;
   i64 stash_stride;
   bool stashed, relay;
@@ -195,6 +196,7 @@ struct Room {
       *a = cut.take<T>(LP * C);
     scores = cut.take<T>(C * C);
     other = cut.take<T>(C * C);
+    across = cut.take<T>(C * C);
     T** const of_tokens[] = {&part_k, &part_q, &den, &inverse, &den_adjoint, &lift, &total};
     for (T** a : of_tokens) *a = cut.take<T>(C);
     dw = cut.take<T>(LP * size.dim);
@@ -203,12 +205,14 @@ struct Room {
     dbeta_queries = cut.take<T>(p.relay ? W<T> : 0);
     run_pk_blocks = p.relay ? 2 * (run / C + 1) : 0;  // strong decays make shorter blocks, and more
     run_pk = cut.take<T>(run_pk_blocks * S * C);
-    stash_stride = C * (S * (1 + p.heads_a_group) + 4 * LP);
+    stash_stride = C * (S * (1 + p.heads_a_group) + 2 * C * p.heads_a_group + 4 * LP);
     const bool wanted = p.inverse != nullptr && stash_stride * (run / C) <= kMostStash;
     stash = cut.take<T>(wanted ? kMostStash : 0);
     if (!wanted) stash_stride = kMostStash;  // no run fits
     own_pk = pk;
     own_pq = pq;
+    own_scores = scores;
+    own_across = across;
     key_slopes = own_slopes = slopes;
     stashed = false;
     block_count = 0;
@@ -225,17 +229,22 @@ struct Room {
   RACE_INLINE void stash_keys(const Problem& p, i64 n) {
     if (!stashed) return;
     pk = stash + n * stash_stride;
-    T* at = pk + C * p.states * (1 + p.heads_a_group);
+    T* at = pk + C * (p.states * (1 + p.heads_a_group) + 2 * C * p.heads_a_group);
     const i64 size = C * p.projections;
     key_slopes = {at, at + size, at + 2 * size, at + 3 * size};
   }
   RACE_INLINE void stash_queries(const Problem& p, i64 h) {
-    if (stashed) pq = pk + C * p.states * (1 + h);
+    if (!stashed) return;
+    pq = pk + C * p.states + C * (p.states + 2 * C) * h;
+    scores = pq + C * p.states;
+    across = scores + C * C;
   }
   RACE_INLINE void end_stash() {
     stashed = false;
     pk = own_pk;
     pq = own_pq;
+    scores = own_scores;
+    across = own_across;
     key_slopes = own_slopes;
   }
 };
