@@ -42,6 +42,7 @@ from .narrow import (
     store_sums,
     taken_up,
 )
+from .projections import store_projections
 
 NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "ob", "ot", "oh"]
 NEVER_SPECIALIZED += ["mb", "mt", "mh", "gb", "gt", "gh"]
@@ -49,18 +50,19 @@ NEVER_SPECIALIZED += ["mb", "mt", "mh", "gb", "gt", "gh"]
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] not in "qo"])
 def key_states_kernel(
-    key, value, key_mask, log_decay, planes, beta, table, states, totals, key_features, inner, marks, fades,
+    key, value, key_mask, log_decay, planes, beta, table, states, totals, key_features, key_hashes, inner, marks, fades,
     kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
-    CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The state that each run of keys alone leaves (programs: runs * G), and its total log decay.
 
-    Leaves for the kernels that follow phi_k, [B, G, T, SW], zero where a key takes no part; and of each chunk, where
+    Leaves for the kernels that follow phi_k, [B, G, T, SW], zero where a key takes no part, and its projections
+    [B, G, T, YW]; and of each chunk, where
     there are chunks, the sums before it, its log decay since the run's start and ``fades`` (see plan.py).
     """
     S: tl.constexpr = L << P
@@ -74,6 +76,7 @@ def key_states_kernel(
     key_mask += batch * mb + group * mh + start * mt
     log_decay += batch * gb + group * gh + start * gt
     key_features += ((batch * G + group) * T + start) * SW
+    key_hashes += ((batch * G + group) * T + start) * YW
     if CH > 0:
         place = chunk_at(batch, row, start, T, CH, PACKED) * G + group
         so_far = tl.zeros([], tl.float32)
@@ -98,7 +101,9 @@ def key_states_kernel(
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         k = rows_at(key, kt, t, inside, C, D, DP, ALIGNED)
         v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
-        phi = buckets_of(hashed(k, hashes, C, N, PRECISION), b, corners, C, N, S, SP, LIFT, PRECISION)
+        y = hashed(k, hashes, C, N, PRECISION)
+        store_projections(key_hashes, t, tl.arange(0, C) < count - t, y, C, N, YW)
+        phi = buckets_of(y, b, corners, C, N, S, SP, LIFT, PRECISION)
         phi = tl.where(inside[:, None], phi, 0.0)
         store_features(key_features, t, tl.arange(0, C) < count - t, operand(phi, PRECISION), C, SP, SW)
         if HAS_DECAY:

@@ -25,6 +25,7 @@ from .narrow import (
     hashed,
     load_corners,
     load_hash,
+    load_sums,
     rows_at,
     running_decay,
     store_features,
@@ -33,6 +34,7 @@ from .narrow import (
     store_sums,
     taken_up,
 )
+from .projections import store_projections
 
 NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "xb", "xt", "xh", "qb", "qt", "qh", "ob", "ot", "oh", "gb", "gt", "gh"]
 
@@ -69,7 +71,7 @@ def adjoint_kernel(
 
     It goes from a run's last block to its first, and leaves what later queries of the run give to the value sums at
     each chunk's end, [places, H, V, SW]; and of each query phi_q / den, [B, H, T, SW], and its projections,
-    [B, H, T, YW], of which past +-30 no bucket can tell the difference.
+    [B, H, T, YW].
     """
     S: tl.constexpr = L << P
     H = G * SHARE
@@ -90,7 +92,6 @@ def adjoint_kernel(
     corners = load_corners(P, N, SP, PRECISION)
     grads = tl.zeros([VP, SP], tl.float32)
     c = tl.arange(0, C)
-    n = tl.arange(0, N)
 
     blocks = (count + (C - 1)) // C
     for i in range(blocks):
@@ -107,9 +108,7 @@ def adjoint_kernel(
         do = rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED)
         inverse = tl.load(inverses + t + c, mask=here, other=0.0)
         y = hashed(q, hashes, C, N, PRECISION)
-        near = tl.minimum(tl.maximum(y, -30.0), 30.0).to(query_hashes.dtype.element_ty)
-        at = (query_hashes + t * YW) + (c[:, None] * YW + n[None, :])
-        tl.store(at, near, mask=here[:, None] & (n < YW)[None, :])
+        store_projections(query_hashes, t, here, y, C, N, YW)
         phi = buckets_of(y, b, corners, C, N, S, SP, LIFT, PRECISION)
         seen = operand(phi * inverse[:, None], PRECISION)
         store_features(query_features, t, here, seen, C, SP, SW)
@@ -125,6 +124,22 @@ def adjoint_kernel(
         grads = taken_up(grads, operand(do, PRECISION), seen, False, PRECISION)
 
     store_sums(adjoints + (run.to(tl.int64) * H + head) * (S * (V + 1)), grads, S, SP, V, VP, False)
+
+
+@triton.jit
+def parts_kernel(
+    states, parts, S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+):  # fmt: skip
+    """The value sums of states in two parts of bfloat16, transposed, [runs, G, 2, V, SW] (programs: runs * G)."""
+    program = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, SP)
+    v = tl.arange(0, VP)
+    sums = load_sums(states + program * (S * (V + 1)), 0, S, SP, V, VP, False)
+    at = (parts + program * (2 * V * SW)) + (v[:, None] * SW + s[None, :])
+    mask = (v < V)[:, None] & (s < SW)[None, :]
+    high = sums.to(tl.bfloat16)
+    tl.store(at, high, mask=mask)
+    tl.store(at + V * SW, (sums - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .causal_adjoint import block_at, place_of
 from .device import (
+    FLOOR,
     LOG2_E,
     add_dot,
     add_fine_dot,
@@ -20,10 +21,12 @@ from .device import (
     bfloat16_of,
     dot,
     fine_dot,
+    inverse_of,
     keys_inside,
     operand,
     reciprocal,
     run_bounds,
+    sides,
     store_rows,
     whole_rows,
 )
@@ -34,18 +37,16 @@ from .narrow import (
     by_value,
     fading,
     features_at,
-    hash_gradients,
-    hashed,
     load_hash,
     load_mass,
-    load_sides,
     load_sums,
     rows_at,
     taken_up,
     unhashed,
 )
+from .projections import load_projections
 
-NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "ob", "ot", "oh"]
+NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "vb", "vt", "vh", "ob", "ot", "oh"]
 NEVER_SPECIALIZED += ["mb", "mt", "mh", "gb", "gt", "gh"]
 
 # A query past the end sees nothing, and no key may then count with the exponential of a positive number.
@@ -65,11 +66,11 @@ def load_inner(base, V: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr, SW: tl
 
 
 @triton.jit
-def load_hashes(base, t, here, C: tl.constexpr, N: tl.constexpr, YW: tl.constexpr):
-    """Projections [C, N] of the tokens from the run's t-th on, float32."""
-    n = tl.arange(0, N)
-    mask = here[:, None] & (n < YW)[None, :]
-    return tl.load((base + t * YW) + (tl.arange(0, C)[:, None] * YW + n[None, :]), mask=mask, other=0.0).to(tl.float32)
+def load_given(base, V: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr):
+    """Value sums [VP, SP] as they lie in memory, the operand of a product without going through registers."""
+    s = tl.arange(0, SP)
+    v = tl.arange(0, VP)
+    return tl.load(base + v[:, None] * SW + s[None, :], mask=(s < SW)[None, :] & (v < V)[:, None], other=0.0)
 
 
 @triton.jit
@@ -92,6 +93,67 @@ def sums_dot(a, sums, C: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr, TALL:
 
 
 @triton.jit
+def load_unhash(
+    planes, head, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    FINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A head's hyperplanes for gradients of tokens: in two parts as :func:`~.narrow.load_hash` has them where FINE.
+
+    Else rounded, [N, DP]: what is multiplied by them is rounded as well.
+    """
+    if FINE:
+        return load_hash(planes, head, L, P, D, DP, N, PRECISION)
+    else:
+        n = tl.arange(0, N)
+        d = tl.arange(0, DP)
+        at = planes + (head.to(tl.int64) * (L * P) + n)[:, None] * D + d[None, :]
+        return operand(tl.load(at, mask=(n < L * P)[:, None] & (d < D)[None, :], other=0.0), PRECISION)
+
+
+@triton.jit
+def load_choice(P: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, FINE: tl.constexpr, PRECISION: tl.constexpr):
+    """Which buckets are on the +1 side of which planes, and beside them which on the -1 side: 0 or 1, [SP, 2N].
+
+    Twice over, [2SP, 2N], where FINE. A bucket is chosen by its table's number and one bit.
+    """
+    column = tl.arange(0, 2 * N)
+    n = column % N
+    bit = 1 << (n % P)
+    wanted = (n // P << P) | tl.where(column < N, bit, 0)
+    s = tl.arange(0, 2 * SP if FINE else SP) % SP
+    chosen = (s[:, None] & ((-1 << P) | bit)[None, :]) == wanted[None, :]
+    return operand(tl.where(chosen, 1.0, 0.0), PRECISION)
+
+
+@triton.jit
+def projection_gradients(
+    dphi_phi, y, beta, choice, C: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, FINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As :func:`~.narrow.hash_gradients`, dphi * phi in one part where not FINE."""
+    if FINE:
+        high = dphi_phi
+        if PRECISION != "ieee":
+            high = bfloat16_of(dphi_phi)
+        both = dot(beside(high, operand(dphi_phi - high.to(tl.float32), PRECISION), C, SP), choice, PRECISION)
+    else:
+        both = dot(operand(dphi_phi, PRECISION), choice, PRECISION)
+    of_up, of_down = tl.split(tl.permute(tl.reshape(both, [C, 2, N]), (0, 2, 1)))
+    r, rest, odds = sides(y, beta)
+    bell = odds * inverse_of(1.0 + odds) * (1.0 - FLOOR)
+    rise = bell * inverse_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR))
+    fall = bell * inverse_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR)
+    dz = of_up * rise - of_down * fall
+    return dz * ((8.0 * beta) * (r * rest)), dz * (2.0 * (rest - r))
+
+
+@triton.jit
+def token_gradient(grad_y, hashes, C: tl.constexpr, N: tl.constexpr, FINE: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient of the tokens [C, DP], from that of their projections."""
+    return unhashed(grad_y, hashes, C, N, PRECISION) if FINE else dot(operand(grad_y, PRECISION), hashes, PRECISION)
+
+
+@triton.jit
 def fades_at(fades, t, here, C: tl.constexpr, OTHER: tl.constexpr):
     """``fades`` of a block's tokens in powers of two."""
     return tl.load(fades + t + tl.arange(0, C), mask=here, other=OTHER) * LOG2_E
@@ -100,14 +162,14 @@ def fades_at(fades, t, here, C: tl.constexpr, OTHER: tl.constexpr):
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] != "k"])
 def query_gradient_kernel(
     query_hashes, query_features, key_features, value, grad_out, key_mask, log_decay, planes, beta, table,
-    before, inner, marks, fades, mass_parts, deltas, grad_query, grad_hashes, beta_parts,
+    before, before_parts, inner, marks, fades, mass_parts, deltas, grad_query, grad_hashes, beta_parts,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """grad_query, and what each block's queries give to the gradient of the mass before it (programs: blocks * H).
 
@@ -147,23 +209,30 @@ def query_gradient_kernel(
     past = c[:, None] >= c[None, :]
 
     state = before + (run.to(tl.int64) * G + group) * (S * (V + 1))
-    sums = load_sums(state, 0, S, SP, V, VP, TALL)
     mass = load_mass(state, S, SP, V)
+    if SPLIT:
+        sums = tl.zeros([VP, SP], tl.float32)
+    else:
+        sums = load_sums(state, 0, S, SP, V, VP, TALL)
     if CH > 0:
         marks += (place * G + group) * (SW + 8)
+        inner += (place * G + group) * (V * SW)
         if HAS_DECAY:
             kept = tl.exp(tl.load(marks + SW))
-            sums *= kept
             mass *= kept
-        sums += load_inner(inner + (place * G + group) * (V * SW), V, VP, SP, SW, TALL)
+        if not SPLIT:
+            if HAS_DECAY:
+                sums *= kept
+            sums += load_inner(inner, V, VP, SP, SW, TALL)
         mass += tl.load(marks + s, mask=s < SW, other=0.0)
     if CH > C:  # the blocks between the chunk's first token and this one
         faded = tl.full([], 0.0, tl.float32)
         if HAS_DECAY:
             if first % CH > 0:
                 faded = tl.load(fades + first - 1) * LOG2_E
-                sums *= tl.exp2(faded)
                 mass *= tl.exp2(faded)
+                if not SPLIT:
+                    sums *= tl.exp2(faded)
         for t in range(first // CH * CH, first, C):
             here = c < count - t
             inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
@@ -172,11 +241,12 @@ def query_gradient_kernel(
             if HAS_DECAY:
                 left = tl.exp2(faded - fades_at(fades, t, here, C, 0.0))
                 phi_left = operand(phi_left.to(tl.float32) * left[:, None], PRECISION)
-            sums = taken_up(sums, operand(v, PRECISION), phi_left, TALL, PRECISION)
+            sums = taken_up(sums, operand(v, PRECISION), phi_left, False if SPLIT else TALL, PRECISION)
             mass += tl.sum(phi_left.to(tl.float32), 0)
 
-    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
-    choice = load_sides(P, N, SP, PRECISION)
+    FINE: tl.constexpr = N < 16 or PRECISION == "ieee" or value.dtype.element_ty != tl.bfloat16
+    hashes = load_unhash(planes, group, L, P, D, DP, N, FINE, PRECISION)
+    choice = load_choice(P, N, SP, FINE, PRECISION)
     beta_sum = tl.zeros([C, N], tl.float32)
     grad_mass = tl.zeros([SP], tl.float32)
     kept_so_far = tl.full([], 1.0, tl.float32)
@@ -191,7 +261,20 @@ def query_gradient_kernel(
         do = rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED)
         along = as_given_dot(do, tl.trans(v), PRECISION)  # grad_out_i . v_j
         score = dot(seen, tl.trans(phi_k), PRECISION)
-        grad_phi = sums_dot(do, sums, C, VP, SP, TALL, PRECISION)
+        if SPLIT:
+            parts = before_parts + (run.to(tl.int64) * G + group) * (2 * V * SW)
+            grad_phi = tl.dot(do, load_given(parts, V, VP, SP, SW))
+            grad_phi = tl.dot(do, load_given(parts + V * SW, V, VP, SP, SW), grad_phi)
+            if HAS_DECAY:
+                grad_phi *= kept
+            grad_phi = tl.dot(do, load_given(inner, V, VP, SP, SW), grad_phi)
+            if CH > C:
+                if first % CH > 0:
+                    if HAS_DECAY:
+                        grad_phi *= tl.exp2(faded)
+                    grad_phi = tl.dot(do, bfloat16_of(sums), grad_phi)
+        else:
+            grad_phi = sums_dot(do, sums, C, VP, SP, TALL, PRECISION)
         seen_now = seen.to(tl.float32)
         if HAS_DECAY:
             if CH > 0:
@@ -207,12 +290,16 @@ def query_gradient_kernel(
             seen_now = operand(seen_now * (since * kept_so_far)[:, None], PRECISION).to(tl.float32)
         else:
             score = tl.where(past, score, 0.0)
-        delta = tl.sum(seen.to(tl.float32) * grad_phi, 1)
-        delta += tl.sum(score * along, 1)
-        total_weight = tl.sum(seen.to(tl.float32) * mass[None, :], 1)
+        weights = seen.to(tl.float32) * mass[None, :]
         if HAS_DECAY:
-            total_weight *= since
-        delta *= reciprocal(total_weight + tl.sum(score, 1))  # 1 but for roundings
+            weights *= since[:, None]
+        if SP == C:  # one sum of each in place of two
+            delta = tl.sum(seen.to(tl.float32) * grad_phi + score * along, 1)
+            total_weight = tl.sum(weights + score, 1)
+        else:
+            delta = tl.sum(seen.to(tl.float32) * grad_phi, 1) + tl.sum(score * along, 1)
+            total_weight = tl.sum(weights, 1) + tl.sum(score, 1)
+        delta *= reciprocal(total_weight)  # 1 but for roundings
         tl.store(deltas + t + c, delta, mask=here)
         grad_mass -= tl.sum(seen_now * delta[:, None], 0)
         mass_seen = delta[:, None] * mass[None, :]
@@ -232,32 +319,32 @@ def query_gradient_kernel(
             sums = taken_up(sums, operand(v, PRECISION), phi_k, TALL, PRECISION)
             mass += tl.sum(phi_k.to(tl.float32), 0)
 
-        y = load_hashes(query_hashes, t, here, C, N, YW)
+        y = load_projections(query_hashes, t, here, C, N, YW)
         dphi_phi = grad_phi * seen.to(tl.float32)
-        grad_y, grad_beta = hash_gradients(dphi_phi, y, b, choice, C, N, SP, PRECISION)
+        grad_y, grad_beta = projection_gradients(dphi_phi, y, b, choice, C, N, SP, FINE, PRECISION)
         beta_sum += grad_beta
         if NEED_PLANES:
             store_hashes(grad_hashes, t, here, grad_y, C, N, YW)
-        store_rows(grad_query, H * D, t, here, unhashed(grad_y, hashes, C, N, PRECISION), C, D, DP)
+        store_rows(grad_query, H * D, t, here, token_gradient(grad_y, hashes, C, N, FINE, PRECISION), C, D, DP)
 
     program = block_at(place, first, C, CH) * H + head
     tl.store(mass_parts + program * SW + s, grad_mass, mask=s < SW)
-    tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
+    tl.store(beta_parts + program, tl.sum(tl.reshape(beta_sum, [C * N]), 0))
 
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] != "q"])
 def key_gradient_kernel(
-    query_features, key_features, key_hashes, key, value, grad_out, key_mask, log_decay, planes, beta, table,
-    after, inner_after, mass_after, fades_after, fades, deltas, grad_key, grad_value, of_keys, grad_hashes, beta_parts,
-    kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
+    query_features, key_features, key_hashes, value, grad_out, key_mask, log_decay, planes, beta, table,
+    after, after_parts, inner_after, mass_after, fades_after, fades, deltas, grad_key, grad_value, of_keys, grad_hashes,
+    beta_parts,
+    vb: tl.int64, vt: tl.int64, vh: tl.int64,
     ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
-    HASHED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value, and phi_k . grad phi_k of each key (programs: blocks * G).
 
@@ -277,7 +364,6 @@ def key_gradient_kernel(
     if first >= count:
         return
     query_features += ((batch * H + group * SHARE) * T + start) * SW
-    key += whole_rows(batch * kb + group * kh + start * kt, ALIGNED)
     value += whole_rows(batch * vb + group * vh + start * vt, ALIGNED)
     grad_out += whole_rows(batch * ob + group * SHARE * oh + start * ot, ALIGNED)
     key_mask += batch * mb + group * mh + start * mt
@@ -298,8 +384,11 @@ def key_gradient_kernel(
     past = c[:, None] <= c[None, :]  # keys down, queries across
 
     adjoint = after + (run.to(tl.int64) * G + group) * (S * (V + 1))
-    grads = load_sums(adjoint, 0, S, SP, V, VP, TALL)
     grad_mass = load_mass(adjoint, S, SP, V)
+    if SPLIT:
+        grads = tl.zeros([VP, SP], tl.float32)
+    else:
+        grads = load_sums(adjoint, 0, S, SP, V, VP, TALL)
     if CH > 0:
         stop = tl.minimum(first // CH * CH + CH, count)  # of the chunk
         ours = tl.minimum(first + C, stop)
@@ -308,12 +397,17 @@ def key_gradient_kernel(
             grad_mass *= kept
             faded = tl.load(fades + ours - 1) * LOG2_E
             chunk_kept = tl.exp2(tl.load(fades + stop - 1) * LOG2_E - faded)
-            grads *= kept
+            if SPLIT:
+                ends = block_at(place, (stop - 1) // C * C, C, CH)  # the chunk's last block
+                run_kept = tl.exp(tl.load(fades_after + ends * H + group * SHARE))
+            else:
+                grads *= kept
         for share in range(SHARE):
             head = group * SHARE + share
-            of_chunk = load_inner(inner_after + (place * H + head) * (V * SW), V, VP, SP, SW, TALL)
-            grads += of_chunk * chunk_kept if HAS_DECAY else of_chunk
             grad_mass += tl.load(mass_after + (program * H + head) * SW + s, mask=s < SW, other=0.0)
+            if not SPLIT:
+                of_chunk = load_inner(inner_after + (place * H + head) * (V * SW), V, VP, SP, SW, TALL)
+                grads += of_chunk * chunk_kept if HAS_DECAY else of_chunk
             if CH > C:  # the blocks between this one and the chunk's end
                 for t in range(first + C, stop, C):
                     here = c < count - t
@@ -325,8 +419,9 @@ def key_gradient_kernel(
                         seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
                     grads = taken_up(grads, operand(do, PRECISION), seen, TALL, PRECISION)
 
-    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
-    choice = load_sides(P, N, SP, PRECISION)
+    FINE: tl.constexpr = N < 16 or PRECISION == "ieee" or value.dtype.element_ty != tl.bfloat16
+    hashes = load_unhash(planes, group, L, P, D, DP, N, FINE, PRECISION)
+    choice = load_choice(P, N, SP, FINE, PRECISION)
     beta_sum = tl.zeros([C, N], tl.float32)
     blocks = 1 if CH > 0 else (count + (C - 1)) // C
     for i in range(blocks):
@@ -351,7 +446,24 @@ def key_gradient_kernel(
             phi_left = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
 
         # The gradient of phi_k, to the end: dk is stored before dv needs the registers.
-        grad_phi = sums_dot(v, grads, C, VP, SP, TALL, PRECISION) + grad_mass[None, :]
+        if SPLIT:
+            high = load_given(after_parts + (run.to(tl.int64) * G + group) * (2 * V * SW), V, VP, SP, SW)
+            low = load_given(after_parts + (run.to(tl.int64) * G + group) * (2 * V * SW) + V * SW, V, VP, SP, SW)
+            near = bfloat16_of(grads)
+            grad_phi = tl.dot(v, low, tl.dot(v, high))
+            if HAS_DECAY:
+                grad_phi *= run_kept
+            for share in tl.static_range(SHARE):
+                of_chunk = load_given(inner_after + (place * H + group * SHARE + share) * (V * SW), V, VP, SP, SW)
+                grad_phi = tl.dot(v, of_chunk, grad_phi)
+            if CH > C:
+                if first + C < stop:
+                    if HAS_DECAY:
+                        grad_phi *= chunk_kept
+                    grad_phi = tl.dot(v, near, grad_phi)
+            grad_phi += grad_mass[None, :]
+        else:
+            grad_phi = sums_dot(v, grads, C, VP, SP, TALL, PRECISION) + grad_mass[None, :]
         if HAS_DECAY:
             of_key = tl.sum(grad_phi * phi_left.to(tl.float32), 1)  # phi_k . grad phi_k, of the weights as rounded
             grad_phi *= left[:, None]
@@ -374,19 +486,31 @@ def key_gradient_kernel(
             grad_phi = add_fine_dot(grad_phi, along, other_seen, v.dtype == tl.float16, PRECISION)
         if HAS_DECAY:
             tl.store(of_keys + (t + c) * G, of_key, mask=here)
-        if HASHED:
-            y = load_hashes(key_hashes, t, here, C, N, YW)
-        else:
-            y = hashed(rows_at(key, kt, t, inside, C, D, DP, ALIGNED), hashes, C, N, PRECISION)
-        grad_y, grad_beta = hash_gradients(grad_phi * phi_k.to(tl.float32), y, b, choice, C, N, SP, PRECISION)
+        y = load_projections(key_hashes, t, here, C, N, YW)
+        grad_y, grad_beta = projection_gradients(
+            grad_phi * phi_k.to(tl.float32), y, b, choice, C, N, SP, FINE, PRECISION
+        )
         beta_sum += grad_beta
         if NEED_PLANES:
             store_hashes(grad_hashes, t, here, grad_y, C, N, YW)
-        store_rows(grad_key, G * D, t, here, unhashed(grad_y, hashes, C, N, PRECISION), C, D, DP)
+        store_rows(grad_key, G * D, t, here, token_gradient(grad_y, hashes, C, N, FINE, PRECISION), C, D, DP)
 
         score = dot(phi_k, tl.trans(seen), PRECISION)
         score = score * weight if HAS_DECAY else tl.where(past, score, 0.0)
-        dv = dot(phi_left, by_bucket(operand(grads, PRECISION), TALL), PRECISION)
+        if SPLIT:
+            dv = tl.dot(phi_left, tl.trans(high))
+            if HAS_DECAY:
+                dv *= run_kept
+            for share in tl.static_range(SHARE):
+                of_chunk = load_given(inner_after + (place * H + group * SHARE + share) * (V * SW), V, VP, SP, SW)
+                dv = tl.dot(phi_left, tl.trans(of_chunk), dv)
+            if CH > C:
+                if first + C < stop:
+                    if HAS_DECAY:
+                        dv *= chunk_kept
+                    dv = tl.dot(phi_left, tl.trans(near), dv)
+        else:
+            dv = dot(phi_left, by_bucket(operand(grads, PRECISION), TALL), PRECISION)
         dv = add_dot(dv, operand(score, PRECISION), operand(do, PRECISION), PRECISION)
         for share in range(1, SHARE):
             rows = grad_out + whole_rows(share * oh, ALIGNED)
@@ -412,4 +536,4 @@ def key_gradient_kernel(
                 grads = taken_up(grads, operand(other, PRECISION), other_seen, TALL, PRECISION)
                 grad_mass -= tl.sum(other_seen.to(tl.float32) * other_delta[:, None], 0)
 
-    tl.store(beta_parts + program * G + group, tl.sum(tl.sum(beta_sum, 1), 0))
+    tl.store(beta_parts + program * G + group, tl.sum(tl.reshape(beta_sum, [C * N]), 0))

@@ -35,10 +35,10 @@ def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
             causal.key_states_kernel, (runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
             pointer_or(runs.table, p.beta), states, totals, p.features,
-            p.inner, p.marks, p.fades,
+            key_hashes(p), p.inner, p.marks, p.fades,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.keys, runs.length, runs.per_row, p.groups, **p.conditions, CH=p.shape.chunk,
-            **options(p, "causal_key_states"),
+            YW=p.shape.hash_row, **options(p, "causal_key_states"),
         )  # fmt: skip
     return states, totals
 
@@ -56,6 +56,12 @@ def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
             **p.conditions, **options(p, "causal_readout"),
         )  # fmt: skip
     return out
+
+
+def key_hashes(p: Problem) -> Tensor:
+    """The keys' projections, [B, G, T, hash_row], which lie behind their buckets."""
+    assert p.features is not None
+    return p.features.view(-1)[p.batch * p.groups * p.keys * p.shape.row :]
 
 
 def options(p: Problem, kernel: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import causal_adjoint, causal_gradients, plan
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
-from .launch_causal import State, options
+from .launch_causal import State, key_hashes, options
 from .launch_states import run_totals, scan
 from .start import start
 
@@ -59,20 +59,15 @@ def backward(
 
 def _options(p: Problem, kernel: str) -> dict[str, Any]:
     """The compile-time arguments of a kernel. The two gradients' blocks are the same: they leave for each other."""
-    given = options(p, kernel) | {"CH": p.shape.chunk, "YW": _row(p), "HAS_DECAY": p.log_decay is not None}
+    given = options(p, kernel) | {"CH": p.shape.chunk, "YW": p.shape.hash_row, "HAS_DECAY": p.log_decay is not None}
     if p.shape.chunk and kernel != "causal_adjoint":
         given["C"] = min(options(p, name)["C"] for name in ("causal_query_gradient", "causal_key_gradient"))
     return given
 
 
-def _row(p: Problem) -> int:
-    """YW, the numbers of a token's stored projections: whole pieces of 8 bytes."""
-    return -(-p.shape.tables * p.shape.planes // 4) * 4
-
-
 def _rows(p: Problem, tokens: int, heads: int, dtype: torch.dtype) -> Tensor:
     """Room for numbers of each projection."""
-    return p.new(p.batch, heads, tokens, _row(p), dtype=dtype)
+    return p.new(p.batch, heads, tokens, p.shape.hash_row, dtype=dtype)
 
 
 def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,7 +78,7 @@ def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor, Tens
     assert p.grad_out is not None
     assert p.features is not None
     features = p.features.new_empty(p.batch, p.heads, p.queries, p.shape.row)
-    hashes = _rows(p, p.queries, p.heads, torch.float16 if p.shape.precision == "bf16" else torch.float32)
+    hashes = _rows(p, p.queries, p.heads, features.dtype)
     adjoints = p.new(max(runs.count, 1), p.heads, p.shape.state_size)
     places = plan.chunk_places(p.batch, p.keys, p.rows, p.shape.chunk, p.bounds is not None)
     inner_after = p.features.new_empty(places, p.heads, p.shape.value_dim, p.shape.row)
@@ -114,14 +109,33 @@ def _query_gradients(
             causal_gradients.query_gradient_kernel, (runs.count * blocks.per_run * p.heads,),
             hashes, seen, p.features, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
             pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before,
-            p.inner, p.marks, p.fades, masses, deltas, dq, grad_hashes, of_beta,
+            _parts(p, runs, before), p.inner, p.marks, p.fades, masses, deltas, dq, grad_hashes, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, HAS_MASK=p.key_mask is not None,
-            NEED_PLANES=need_planes, **_options(p, "causal_query_gradient"),
+            NEED_PLANES=need_planes, SPLIT=_split(p.shape), **_options(p, "causal_query_gradient"),
         )  # fmt: skip
     if need_planes:
         _planes(p, runs, p.query, grad_hashes, parts[0])
     return dq, deltas, masses, of_beta
+
+
+def _split(shape: plan.Shape) -> bool:
+    """Whether the gradients take value sums from memory in two parts of bfloat16: many buckets' fill registers."""
+    return shape.chunk > 0 and shape.tile >= 64 and shape.dtype == torch.bfloat16 and shape.precision == "bf16"
+
+
+def _parts(p: Problem, runs: plan.Runs, states: Tensor) -> Tensor:
+    """The value sums as the products of many buckets take them; any tensor where none does."""
+    shape = p.shape
+    if not _split(shape):
+        return states
+    parts = p.query.new_empty(max(runs.count, 1), p.groups, 2, shape.value_dim, shape.row)
+    if runs.count * p.groups:
+        start(
+            causal_adjoint.parts_kernel, (runs.count * p.groups,), states, parts, S=shape.buckets, SP=shape.tile,
+            SW=shape.row, V=shape.value_dim, VP=plan.power_of_two(shape.value_dim, 16), num_warps=8,
+        )  # fmt: skip
+    return parts
 
 
 def _planes(p: Problem, runs: plan.Runs, x: Tensor, grad_hashes: Tensor, parts: Tensor) -> None:
@@ -132,7 +146,7 @@ def _planes(p: Problem, runs: plan.Runs, x: Tensor, grad_hashes: Tensor, parts: 
         start(
             causal_adjoint.planes_kernel, (runs.count * heads,),
             x, grad_hashes, pointer_or(runs.table, p.beta), parts, *x.stride()[:3],
-            p.queries, runs.length, runs.per_row, heads, YW=_row(p), ROWS=shape.rows,
+            p.queries, runs.length, runs.per_row, heads, YW=p.shape.hash_row, ROWS=shape.rows,
             **{name: given[name] for name in ("D", "DP", "N", "C", "PRECISION", "ALIGNED", "PACKED")},
             num_warps=given["num_warps"], num_stages=given["num_stages"],
         )  # fmt: skip
@@ -179,12 +193,12 @@ def _key_gradients(
     if runs.count * p.groups:
         start(
             causal_gradients.key_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
-            seen, p.features, p.beta, p.key, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
+            seen, p.features, key_hashes(p), p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
             pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), after,
-            inner_after, *masses, p.fades, deltas, dk, dv, of_keys, grad_hashes, of_beta,
-            *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
+            _parts(p, runs, after), inner_after, *masses, p.fades, deltas, dk, dv, of_keys, grad_hashes, of_beta,
+            *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, HAS_MASK=p.key_mask is not None,
-            NEED_PLANES=need_planes, HASHED=False, **_options(p, "causal_key_gradient"),
+            NEED_PLANES=need_planes, SPLIT=_split(p.shape), **_options(p, "causal_key_gradient"),
         )  # fmt: skip
     if need_planes:
         _planes(p, runs, p.key, grad_hashes, parts[0])

@@ -137,10 +137,13 @@ def kept_inverses(query: Tensor, value: Tensor, hyperplanes: Tensor, causal: boo
 
 
 def kept_features(key: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:
-    """The buffer for the keys' buckets, [B, G, Tk, row] as the products take them, of one tile; else empty."""
+    """The buffer for the keys' buckets, of one tile, [B, G, Tk, row] as the products take them; else empty.
+
+    And behind all of them the keys' projections, [B, G, Tk, hash_row].
+    """
     shape = shape_of(key, value, hyperplanes)
     batch, keys, groups = key.shape[:3]
-    size = (batch, groups, keys, shape.row) if causal and shape.narrow else (0,)
+    size = (batch, groups, keys, shape.row + shape.hash_row) if causal and shape.narrow else (0,)
     return key.new_empty(size, dtype=torch.bfloat16 if shape.precision == "bf16" else torch.float32)
 
 

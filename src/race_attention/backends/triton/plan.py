@@ -76,6 +76,11 @@ class Shape:
         return -(-self.buckets // 8) * 8
 
     @property
+    def hash_row(self) -> int:
+        """YW, the numbers of a token's stored projections: whole pieces of 8 bytes."""
+        return -(-self.tables * self.planes // 4) * 4
+
+    @property
     def state_size(self) -> int:
         return self.buckets * (self.value_dim + 1)
 
