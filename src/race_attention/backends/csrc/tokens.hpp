@@ -18,16 +18,27 @@ RACE_INLINE float widen(std::uint16_t x) {
   return y;
 }
 // To bfloat16: to nearest, ties to even; NaN stays NaN.
-RACE_INLINE void narrow(std::uint16_t* to, V<float> x) {
+typedef std::uint16_t Half __attribute__((vector_size(RACE_BYTES / 2)));
+RACE_INLINE Half narrow(V<float> x) {
   typedef std::uint32_t Bits __attribute__((vector_size(RACE_BYTES)));
-  typedef std::uint16_t Half __attribute__((vector_size(RACE_BYTES / 2)));
   const Bits bits = (Bits)x;
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits kept = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
-  const Half half = __builtin_convertvector(kept, Half);
-  __builtin_memcpy(to, &half, sizeof half);
+  return __builtin_convertvector(kept, Half);
 }
-RACE_INLINE void narrow(std::uint16_t*, V<double>) {}  // no bfloat16 tokens have float64 arithmetic
+// Two of them side by side, without a way through memory that the next load would wait for.
+RACE_INLINE V<float> side_by_side(Half x, Half y) {
+#if RACE_BYTES == 64 && defined(__AVX512F__)
+  return (V<float>)_mm512_inserti64x4(_mm512_zextsi256_si512((__m256i)x), (__m256i)y, 1);
+#elif RACE_BYTES == 32 && defined(__AVX2__)
+  return (V<float>)_mm256_set_m128i((__m128i)y, (__m128i)x);
+#else
+  const Half both[2] = {x, y};
+  V<float> z;
+  __builtin_memcpy(&z, both, sizeof z);
+  return z;
+#endif
+}
 
 template <class T>
 RACE_INLINE void read(T* __restrict out, const T* __restrict in, i64 n, i64 stride) {
@@ -50,23 +61,28 @@ RACE_INLINE void write(T* __restrict out, const T* __restrict in, i64 n, i64 str
   else
     for (i64 i = 0; i < n; ++i) out[i * stride] = in[i] * factor;
 }
-// A row to bfloat16, 64 numbers at a time; it may be read up to a multiple of W.
-template <class T>
-RACE_INLINE void write_half(char* to, const T* row, i64 size, i64 stride, T factor, bool past_caches) {
-  alignas(64) std::uint16_t part[64];
-  for (i64 d = 0; d < size; d += 64) {
-    const i64 n = min_of(64, size - d);
-    for (i64 k = 0; k < n; k += W<T>) narrow(part + k, load(row + d + k) * factor);
-    char* at = to + d * stride * 2;
-    if (past_caches) {
-      for (i64 k = 0; k < n * 2; k += RACE_BYTES) stream(at + k, load(reinterpret_cast<const float*>(part + k / 2)));
-    } else if (stride == 1) {
-      __builtin_memcpy(at, part, static_cast<std::size_t>(n) * 2);
-    } else {
-      for (i64 k = 0; k < n; ++k) __builtin_memcpy(at + k * stride * 2, part + k, 2);
-    }
+// A row to bfloat16; it may be read up to a multiple of W. Copies of a length that only the call knows are slow: whole
+// vectors go straight to where they belong.
+RACE_INLINE void write_half(char* to, const float* row, i64 size, i64 stride, float factor, bool past_caches) {
+  constexpr i64 w = W<float>;
+  i64 d = 0;
+  if (past_caches) {  // `size` is a multiple of two vectors
+    for (; d < size; d += 2 * w)
+      stream(to + d * 2, side_by_side(narrow(load(row + d) * factor), narrow(load(row + d + w) * factor)));
+    return;
+  }
+  for (; d < size; d += w) {
+    const Half half = narrow(load(row + d) * factor);
+    if (stride == 1 && d + w <= size)
+      __builtin_memcpy(to + d * 2, &half, sizeof half);
+    else
+      for (i64 k = 0; k < min_of(w, size - d); ++k) {
+        const std::uint16_t one = half[k];
+        __builtin_memcpy(to + (d + k) * stride * 2, &one, 2);
+      }
   }
 }
+RACE_INLINE void write_half(char*, const double*, i64, i64, double, bool) {}  // no bfloat16 has float64 arithmetic
 
 // A block of rows of tokens in the arithmetic's dtype.
 template <class T>
@@ -124,7 +140,7 @@ __attribute__((noinline)) void store_tile(const Problem& p, const Tokens& x, i64
     const T* row = tile + i * ld;
     char* to = static_cast<char*>(x.data) + (b * x.b + (t + i) * x.t + h * x.h) * bytes;
     if (half) {
-      write_half<T>(to, row, size, x.d, f, past_caches);
+      write_half(to, row, size, x.d, f, past_caches);
     } else if (past_caches) {
       for (i64 d = 0; d < size; d += W<T>) stream(to + d * bytes, (V<float>)(load(row + d) * f));
     } else {
