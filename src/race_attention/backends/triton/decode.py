@@ -81,6 +81,7 @@ def decode_kernel(
         s = tile * SP + tl.arange(0, SP)
         phi = _buckets(k, planes, group, tile, b, S, L, P, D, DP, N, SP)
         masses = tl.load(mass + s, mask=s < S, other=0.0).to(tl.float64) * kept + phi
+        tl.debug_barrier()  # in place: several threads may hold an element, and all must have read it before one writes
         tl.store(new_mass + s, masses.to(new_mass.dtype.element_ty), mask=s < S)
         for part in range(first, VP, step):
             v = part + tl.arange(0, VT)
@@ -88,6 +89,7 @@ def decode_kernel(
             here = (s < S)[:, None] & (v < V)[None, :]
             at = s[:, None] * V + v[None, :]
             sums = tl.load(value_sum + at, mask=here, other=0.0).to(tl.float64) * kept + phi[:, None] * x[None, :]
+            tl.debug_barrier()  # likewise
             tl.store(new_value_sum + at, sums.to(new_value_sum.dtype.element_ty), mask=here)
             if ONCE:
                 phi_q = _buckets(q, planes, group, tile, b, S, L, P, D, DP, N, SP)
