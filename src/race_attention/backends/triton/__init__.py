@@ -9,6 +9,7 @@
     plan.py, configs.py          runs of tokens, configurations
     launch.py, launch_*.py       host code of the launches: shared, then by what they launch
     passes.py, ops.py            the forward and the backward pass, torch operators
+    direct.py, replay.py         around the operators' dispatch; a pass again without its host code
     autotune.py  times configurations and writes the user's own table
 
 Importing this module imports neither Triton nor a kernel.
@@ -59,6 +60,11 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
     if decode_ops.serves(call):
         return decode_ops.run(call)
+    if not torch.compiler.is_compiling():
+        from . import direct
+
+        if direct.unwatched(call):
+            return direct.run(call)
     out, mass, value_sum = triton_forward(
         call.query,
         call.key,

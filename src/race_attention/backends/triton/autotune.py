@@ -23,7 +23,7 @@ from torch import Tensor
 
 from race_attention.testing import BUDGETS, oracle, relative_error
 
-from . import configs, plan
+from . import configs, plan, replay
 from .configs import Config
 from .ops import precision_of, triton_forward
 
@@ -37,13 +37,18 @@ CANDIDATES = tuple(
 def _trying(trial: dict[str, Config]) -> Iterator[None]:
     before = dict(configs._trial)
     configs._trial.update(trial)
-    plan.forget()
+    _forget()
     try:
         yield
     finally:
         configs._trial.clear()
         configs._trial.update(before)
-        plan.forget()
+        _forget()
+
+
+def _forget() -> None:
+    plan.forget()
+    replay.forget()
 
 
 def autotune(
@@ -79,6 +84,8 @@ def autotune(
     padded = plan.power_of_two(dim, 16), plan.power_of_two(value_dim, 16)
     found: dict[str, Config] = {}
     for kernel in configs.KERNELS if shape.narrow else _OF_SEVERAL_TILES:
+        if shape.narrow and kernel == "accumulate":
+            continue  # of several tiles alone
         name = configs.key(kernel if shape.narrow else f"wide_{kernel}", *padded, shape.tile, dtype)
         times: dict[Config, float] = {}
         for candidate in candidates:
@@ -98,15 +105,16 @@ def autotune(
 
 
 #: Causal calls of several tiles have a table of their own, wide_configs.py.
-_OF_SEVERAL_TILES = ("full_readout", "full_query_gradient", "full_key_gradient")
+_OF_SEVERAL_TILES = ("accumulate", "full_readout", "full_query_gradient", "full_key_gradient")
+_FORWARD = ("accumulate", "causal_key_states", "causal_readout", "full_accumulate", "full_readout")
 
 
 class _Step:
     """A forward pass, or forward and backward, that a kernel takes part in."""
 
     def __init__(self, kernel: str, shape: plan.Shape, tokens: int, heads: int) -> None:
-        self.causal = not kernel.startswith("full")
-        self.backward = kernel not in ("accumulate", "causal_readout", "full_accumulate", "full_readout")
+        self.causal = kernel.startswith("causal")
+        self.backward = kernel not in _FORWARD
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         generator = torch.Generator(device=device).manual_seed(0)
 

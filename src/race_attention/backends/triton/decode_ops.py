@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from race_attention.backends.call import Call
 
@@ -57,4 +58,4 @@ def _(
 
 
 for _device in ("CPU", "CUDA", "XPU"):  # on the CPU in Triton's interpreter
-    _library.impl("triton_decode", _kernel, _device)
+    _library.impl("triton_decode", _disable_dynamo(_kernel), _device)  # as in ops.py

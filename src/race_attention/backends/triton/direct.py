@@ -18,6 +18,8 @@ from . import passes
 from .ops import triton_backward
 from .replay import repeated
 
+#: What Dynamo does with each frame that runs, or None.
+_frames_seen = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
 Results = tuple[Tensor | None, ...]
 #: Among the tensors that passes.backward takes: log_decay, and the first that the forward pass kept besides out.
 _DECAY, _KEPT = 8, 15
@@ -26,9 +28,16 @@ _DECAY, _KEPT = 8, 15
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def unwatched(tensors: Sequence[Tensor | None]) -> bool:
+def unwatched(call: Call) -> bool:
+    """Whether nobody watches a call's operators."""
+    return _unwatched(_inputs(call))
+
+
+def _unwatched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether there is no compiler, mode, transform or subclass of Tensor that has to see the operators."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling() or _frames_seen() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_function_stack():
         return False
@@ -36,8 +45,8 @@ def unwatched(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, mass, value_sum) of a call whose :func:`inputs_of` are unwatched; the states None if not wanted."""
-    inputs = inputs_of(call)
+    """(out, mass, value_sum) of a call that is :func:`unwatched`; the states None if not wanted."""
+    inputs = _inputs(call)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         results = _Function.apply(*inputs, call.causal, call.return_state)
         return results if call.return_state else (results, None, None)
@@ -46,7 +55,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return out, mass, value_sum
 
 
-def inputs_of(call: Call) -> tuple[Tensor | None, ...]:
+def _inputs(call: Call) -> tuple[Tensor | None, ...]:
     return (
         call.query, call.key, call.value, call.hyperplanes, call.beta, call.log_decay, call.key_mask, call.cu_seqlens,
         call.cu_seqlens_key, call.initial_mass, call.initial_value_sum,
@@ -104,7 +113,7 @@ class _Function(torch.autograd.Function):
             grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
         inputs = (grad_out, grad_mass, grad_value_sum, *saved)
         flags = ctx.initial is not None, ctx.causal, ctx.needs_input_grad[3]
-        if torch.is_grad_enabled() or not unwatched(inputs):
+        if torch.is_grad_enabled() or not _unwatched(inputs):
             results: Sequence[Any] = _gradients(triton_backward, inputs, *flags)
         else:
             results = repeated(_backward, inputs, flags)

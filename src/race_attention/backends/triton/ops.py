@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import plan
 
@@ -76,11 +77,10 @@ def _forward_kernels(
 
     Arguments as ``Call``.
     """
-    from . import passes
+    from . import passes, replay
 
-    return passes.forward(
-        query, key, value, hyperplanes, beta, log_decay, key_mask, cu_seqlens, cu_seqlens_key, mass, value_sum, causal
-    )  # fmt: skip
+    inputs = query, key, value, hyperplanes, beta, log_decay, key_mask, cu_seqlens, cu_seqlens_key, mass, value_sum
+    return replay.repeated(passes.forward, inputs, (causal,))
 
 
 @torch.library.register_fake("race_attention::triton_forward", lib=_library)
@@ -189,18 +189,18 @@ def _backward_kernels(
     fades: Tensor,
     causal: bool,
     need_planes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of (query, key, value, hyperplanes, beta, log_decay, initial mass, initial value_sum).
 
     Those of hyperplanes (with ``need_planes`` False) and of a log_decay that is None are empty.
     """
-    from . import passes
+    from . import passes, replay
 
-    return passes.backward(
-        grad_out, grad_mass, grad_value_sum, query, key, value, hyperplanes, beta, log_decay, key_mask,
-        cu_seqlens, cu_seqlens_key, final_mass, final_value_sum, out, states, inverses, features,
-        inner, marks, fades, causal, need_planes,
+    inputs = (
+        grad_out, grad_mass, grad_value_sum, query, key, value, hyperplanes, beta, log_decay, key_mask, cu_seqlens,
+        cu_seqlens_key, final_mass, final_value_sum, out, states, inverses, features, inner, marks, fades,
     )  # fmt: skip
+    return replay.repeated(passes.backward, inputs, (causal, need_planes))
 
 
 @torch.library.register_fake("race_attention::triton_backward", lib=_library)
@@ -245,9 +245,12 @@ def _(
     )
 
 
+#: Dynamo looks at every frame that runs below one it has given up on; launches of kernels it would take for the
+#: user's own and inspect. (torch.compiler.disable would import Dynamo here, and not at the first call.)
+_hidden = _disable_dynamo
 for _device in ("CPU", "CUDA", "XPU"):  # on the CPU in Triton's interpreter
-    _library.impl("triton_forward", _forward_kernels, _device)
-    _library.impl("triton_backward", _backward_kernels, _device)
+    _library.impl("triton_forward", _hidden(_forward_kernels), _device)
+    _library.impl("triton_backward", _hidden(_backward_kernels), _device)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -320,5 +323,5 @@ def _backward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
         return triton_backward(*inputs)
 
 
-_library.impl("triton_forward", _forward_autograd, "Autograd")
-_library.impl("triton_backward", _backward_autograd, "Autograd")
+_library.impl("triton_forward", _hidden(_forward_autograd), "Autograd")
+_library.impl("triton_backward", _hidden(_backward_autograd), "Autograd")

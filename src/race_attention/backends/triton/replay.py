@@ -36,7 +36,7 @@ _ALLOCATIONS = frozenset(
         torch.ops.aten.new_empty_strided.default,
     )
 )
-Work = Callable[..., Sequence[Tensor | None]]
+Work = Callable[..., tuple[Any, ...]]
 
 
 class _CannotRepeat(Exception):
@@ -262,7 +262,7 @@ class Replay:
             if place.buffer >= 0 and place.dtype != buffers[place.buffer].dtype:
                 raise _CannotRepeat("memory read as of another dtype")
 
-    def __call__(self, tensors: Sequence[Tensor | None], addresses: list[int]) -> list[Tensor | None]:
+    def __call__(self, tensors: Sequence[Tensor | None], addresses: list[int]) -> tuple[Tensor | None, ...]:
         query = tensors[0]
         assert query is not None
         device = query.device
@@ -295,7 +295,7 @@ class Replay:
                 result = step.function(*args, **kwargs)
                 if step.made is not None:
                     held[step.made], at[step.made] = result, result.data_ptr()
-        return [None if place is None else self._tensor(held, place, device) for place in self.results]
+        return tuple([None if place is None else self._tensor(held, place, device) for place in self.results])
 
     def _argument(self, held: list[Tensor | None], x: Any, device: torch.device) -> Any:
         return self._tensor(held, x, device) if isinstance(x, _Place) else x
@@ -326,7 +326,7 @@ def _limit(device: torch.device) -> int:
     return 1 << 30
 
 
-def repeated(work: Work, tensors: Sequence[Tensor | None], flags: tuple[Any, ...]) -> Sequence[Tensor | None]:
+def repeated(work: Work, tensors: Sequence[Tensor | None], flags: tuple[Any, ...]) -> tuple[Any, ...]:
     """``work(*tensors, *flags)``: its host code the first two times a layout is met, and again without it.
 
     Args:
