@@ -272,7 +272,7 @@ def large_inputs(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_heads_passed_over_together(name, dtype, threads):
-    """By one thread, in runs that threads take in turns (two), and over pieces of a row (five); the same to the bit."""
+    """By one thread, two, three that take the runs of a row in turns, five with pieces of it each; the same to the bit."""
     inputs = large_inputs(name, dtype)
     threads(1)
     alone = evaluate(whole, inputs, backend="cpu")
@@ -280,7 +280,7 @@ def test_heads_passed_over_together(name, dtype, threads):
         if key != "tokens":
             direction = "backward" if key.startswith("gradient") else "forward"
             assert_within_budget(alone[key], right, dtype, direction, name=key, scale=1e-2)
-    for count in (2, 5):
+    for count in (2, 3, 5):
         threads(count)
         together = evaluate(whole, inputs, backend="cpu")
         for key in alone:

@@ -248,14 +248,14 @@ class Call {
       return;
     }
   }
-  // A relay: where threads could not pass over as many heads together as there are, or would be left without work.
+  // A relay: where rows and heads are too few for the threads.
   void choose_relay(i64 bytes) {
     i64 most = 1;
     while (2 * most <= kMostLanes && side_by_side(2 * most, bytes)) most *= 2;
     i64 longest = 0;
     for (const Row& row : rows) longest = std::max(longest, row.klen);
     if (longest < kRunsInRelay * threads * a.run) return;
-    if (p.lanes == most && longest_share() <= kRelayCost * even_share()) return;
+    if (longest_share() <= kRelayCost * even_share()) return;
     p.lanes = most;
     baton.resize(kernels.relay_bytes(p) + 64);
     p.relay = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(baton.data()) + 63) / 64 * 64);
