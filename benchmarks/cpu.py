@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.report import commit
 from race_attention import race_attention, sample_hyperplanes
 from race_attention._version import __version__
 from race_attention.backends import cpu
@@ -66,16 +65,6 @@ def gemm() -> float:
     """Floating-point operations a second of torch's float32 matrix product."""
     a = torch.randn(2048, 2048)
     return 2 * 2048**3 / measure(lambda: a @ a, 1.0)["median"]
-
-
-def commit() -> str:
-    """The commit that is measured; RACE_COMMIT names it where there is no repository."""
-    named = os.environ.get("RACE_COMMIT")
-    if named:
-        return named
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def machine() -> dict[str, Any]:

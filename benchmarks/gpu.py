@@ -1,7 +1,7 @@
 """Speed of the Triton backend on one GPU: the table of targets, lengths, peers, decode, memory.
 
     python -m benchmarks.gpu                                   # everything, into benchmarks/results/
-    python -m benchmarks.gpu --only table decode --output /tmp/x.json
+    python -m benchmarks.gpu --only table decode --seconds 60 --output /tmp/x.json
     python -m benchmarks.gpu --plot benchmarks/results/gpu-NAME.json
 
 The floor is the time to copy the bytes that any implementation must read and write once (forward: q, k, v, out;
@@ -20,14 +20,18 @@ import json
 import multiprocessing
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import gpu_parts
 from benchmarks.gpu_parts import PARTS, bandwidth, compiled, freed, jobs_of
 from benchmarks.gpu_peers import DIM, HEADS
 from benchmarks.gpu_plot import plot
+from experiments.report import commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,7 +51,7 @@ def _said(*command: str) -> str | None:
         return None
 
 
-def context(commit: str | None) -> dict[str, Any]:
+def context() -> dict[str, Any]:
     """The machine, the versions, the commit and the date."""
     import triton
 
@@ -66,7 +70,7 @@ def context(commit: str | None) -> dict[str, Any]:
         "triton": triton.__version__,
         "ptxas": ptxas_version(),
         "flash_linear_attention": linear,
-        "commit": commit or _said("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -79,42 +83,85 @@ def floor_of(row: dict[str, Any], bytes_per_second: float) -> float | None:
     return tensors * row["tokens"] * row.get("heads", HEADS) * DIM * 2 / bytes_per_second * 1e3
 
 
+class ResultFile:
+    """The result file: written anew with every row, so that whatever ends a run loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {"rows": []}
+        if path.is_file():
+            self.found = json.loads(path.read_text(encoding="utf-8"))
+
+    def write(self, **what: Any) -> None:
+        self.found |= what
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+    def report(self, part: str, **row: Any) -> None:
+        floor = floor_of(row, self.found["copy_bytes_per_second"])
+        if floor is not None:
+            row["floor_ms"] = floor
+            row["times_floor"] = row["ms"] / floor if row.get("ms") else None
+        self.found["rows"].append({"part": part, **row})
+        self.write()
+        print(part, row, flush=True)
+
+
+def run_parts(names: list[str], output: Path, seconds: float) -> None:
+    """Measures parts in this process, and notes in the file which are done."""
+    gpu_parts.deadline = time.monotonic() + seconds
+    torch.manual_seed(0)
+    results = ResultFile(output)
+    if "context" not in results.found:
+        machine = context()
+        title = f"Triton backend on one {machine['gpu']}: bfloat16, H = {HEADS}, D = Dv = {DIM}"
+        results.write(title=title, context=machine, copy_bytes_per_second=bandwidth())
+        freed()
+    for name in names:
+        results.write(begun=name)
+        PARTS[name](results.report)
+    results.write(begun=None)
+
+
+def run_surely(names: list[str], output: Path, seconds: float) -> None:
+    """Parts in a process of their own; where one leaves the device unusable, the ones after it in another."""
+    end = time.monotonic() + seconds
+    output.unlink(missing_ok=True)
+    while names and time.monotonic() < end:
+        left = str(end - time.monotonic())
+        command = [sys.executable, "-m", "benchmarks.gpu", "--here", "--seconds", left, "--output", str(output)]
+        status = subprocess.run([*command, "--only", *names], check=False).returncode
+        results = ResultFile(output)
+        failed = results.found.pop("begun", None)
+        if failed is None:  # all done; or nothing begun, which another process would not mend
+            results.write()
+            return
+        results.write(rows=[*results.found["rows"], {"part": failed, "error": f"ended with status {status}"}])
+        names = names[names.index(failed) + 1 :]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=sorted(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--commit", default=None, help="where the checkout's own history is not at hand")
     parser.add_argument("--compile", choices=("first", "only", "no"), default="first", help="fill Triton's cache")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
+    parser.add_argument("--here", action="store_true", help="in this process, adding to the file")
     parser.add_argument("--plot", type=Path, default=None)
     given = parser.parse_args()
     if given.plot:
         plot(given.plot)
         return
-    torch.manual_seed(0)
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    output = given.output or RESULTS / f"gpu-{name}-{today}.json"
+    if given.here:
+        run_parts(given.only, output, given.seconds)
+        return
     if given.compile != "no":
         compile_all(given.only)
-    if given.compile == "only":
-        return
-    machine, speed = context(given.commit), bandwidth()
-    freed()
-    rows: list[dict[str, Any]] = []
-    name = machine["gpu"].lower().replace(" ", "-")
-    output = given.output or RESULTS / f"gpu-{name}-{machine['date'][:10]}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    title = f"Triton backend on one {machine['gpu']}: bfloat16, H = {HEADS}, D = Dv = {DIM}"
-
-    def report(part: str, **row: Any) -> None:
-        floor = floor_of(row, speed)
-        if floor is not None:
-            row["floor_ms"] = floor
-            row["times_floor"] = row["ms"] / floor if row.get("ms") else None
-        rows.append({"part": part, **row})
-        print(part, row, flush=True)
-        found = {"title": title, "context": machine, "copy_bytes_per_second": speed, "rows": rows}
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-    for part in given.only:
-        PARTS[part](report)
+    if given.compile != "only":
+        run_surely(given.only, output, given.seconds)
 
 
 if __name__ == "__main__":

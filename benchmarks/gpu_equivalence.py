@@ -1,6 +1,6 @@
 """The equivalence table on a GPU: every case, and in bfloat16 by every route, against the float64 oracle.
 
-    python -m benchmarks.gpu_equivalence [--output FILE] [--commit ABC] [--workers 14]
+    python -m benchmarks.gpu_equivalence [--output FILE] [--workers 14]
 
 Writes a result file. Cases, routes and error budgets are those of tests/helpers.py, with shapes of several bucket
 tiles and large heads besides. Rows say the largest relative error (norm) of output and states, and of all
@@ -119,13 +119,12 @@ def evaluated(job: tuple[str, torch.dtype, bool]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--commit", default=None, help="where the checkout's own history is not at hand")
     parser.add_argument("--workers", type=int, default=14)
     given = parser.parse_args()
     names = [name for name in (*SHAPES, *LONG_CASES, *CASES) if not name.endswith("-bucket")]  # the longest first
     jobs = [(name, dtype, False) for dtype in DTYPES for name in names]
     jobs += [(name, DTYPES[0], True) for name in names if name not in SHAPES]
-    machine = context(given.commit)
+    machine = context()
     title = f"Triton backend on one {machine['gpu']}: errors against the float64 oracle"
     output = given.output or RESULTS / f"gpu-equivalence-{machine['gpu'].lower().replace(' ', '-')}.json"
     rows: list[dict[str, Any]] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -64,21 +66,36 @@ def freed() -> None:
     torch.cuda.empty_cache()
 
 
-def _million(report: Report, part: str, planes: int, tables: int, repeats: int = 7, **how: Any) -> None:
-    freed()
+#: When no more rows are begun, by time.monotonic.
+deadline = float("inf")
+
+
+def row(report: Report, part: str, make: Callable[[], Step], repeats: int = 7, **what: Any) -> None:
+    """Measures one step and reports it: milliseconds and peak memory, or None and why, where it fails.
+
+    An error that leaves the device unusable is raised.
+    """
+    if time.monotonic() > deadline:
+        return
+    if what.get("tokens", 0) * what.get("heads", HEADS) >= MILLION:
+        freed()
     torch.cuda.reset_peak_memory_stats()
-    ms = measure(Race(planes, tables, MILLION, **how), repeats)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    report(part, P=planes, L=tables, tokens=MILLION, **how, ms=ms, peak_gib=peak)
+    try:
+        ms = graphed(make()) if what.get("graph") else measure(make(), repeats, 2 if repeats > 3 else 1)
+        report(part, **what, ms=ms, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
+    except Exception as error:
+        report(part, **what, ms=None, error=f"{type(error).__name__}: {error}"[:200])
+        torch.cuda.synchronize()
+        freed()
 
 
 def table(report: Report) -> None:
     """The rows of the targets at 1,048,576 tokens."""
     for planes, tables in CONFIGURATIONS:
         for backward in (False, True):
-            for causal in (True, False):
-                _million(report, "table", planes, tables, causal=causal, backward=backward)
-            _million(report, "table", planes, tables, causal=True, backward=backward, decay=True)
+            for how in ({"causal": True}, {"causal": False}, {"causal": True, "decay": True}):
+                given: dict[str, Any] = {"tokens": MILLION, "backward": backward, **how}
+                row(report, "table", partial(Race, planes, tables, **given), P=planes, L=tables, **given)
 
 
 def wide(report: Report) -> None:
@@ -86,7 +103,8 @@ def wide(report: Report) -> None:
     for planes, tables in WIDE:
         for causal in (True, False):
             for backward in (False, True):
-                _million(report, "wide", planes, tables, 3, causal=causal, backward=backward)
+                given: dict[str, Any] = {"tokens": MILLION, "causal": causal, "backward": backward}
+                row(report, "wide", partial(Race, planes, tables, **given), 3, P=planes, L=tables, **given)
 
 
 def linear(report: Report) -> None:
@@ -94,75 +112,60 @@ def linear(report: Report) -> None:
     planes, tables = CONFIGURATIONS[-1]
     for tokens in (1 << 16, MILLION):
         for backward in (False, True):
-            row: dict[str, Any] = {"tokens": tokens, "causal": True, "backward": backward}
+            what: dict[str, Any] = {"tokens": tokens, "causal": True, "backward": backward}
             for decay in (False, True):
-                freed()
-                ms = measure(Race(planes, tables, tokens, True, backward, decay=decay))
-                report("linear", P=planes, L=tables, **row, decay=decay, ms=ms)
+                make = partial(Race, planes, tables, tokens, True, backward, decay=decay)
+                row(report, "linear", make, P=planes, L=tables, **what, decay=decay)
             for kind in Linear.KINDS if has_linear() else ():
-                freed()
-                _peer(report, "linear", kind, row, partial(Linear, kind, tables << planes, tokens, backward))
-
-
-def _peer(report: Report, part: str, name: str, row: dict[str, Any], make: Callable[[], Step]) -> None:
-    """A peer's row; one that fails there is a row without a time."""
-    try:
-        report(part, peer=name, **row, ms=measure(make()))
-    except Exception as error:
-        report(part, peer=name, **row, ms=None, error=f"{type(error).__name__}: {error}"[:200])
+                row(report, "linear", partial(Linear, kind, tables << planes, tokens, backward), peer=kind, **what)
 
 
 def lengths(report: Report) -> None:
-    """From 1K tokens on, forward and backward, against exact attention and plain torch; short ones also as graphs."""
-    for heads, longest, exact_longest in ((4, 20, 16), (64, 16, 14)):
+    """From 1K tokens on, against exact attention and plain torch; short ones also as graphs."""
+    for heads, longest, exact_longest in ((4, 24, 16), (64, 20, 14)):
         for power in range(10, longest + 1):
-            tokens = 1 << power
-            row: dict[str, Any] = {"heads": heads, "tokens": tokens, "causal": True, "backward": True}
-            steps: list[tuple[dict[str, Any], Callable[[], Step]]] = [
-                ({"P": p, "L": t} | row, partial(Race, p, t, tokens, True, True, heads=heads))
-                for p, t in (CONFIGURATIONS[0], CONFIGURATIONS[-1])
-            ]
-            if power <= exact_longest:
-                steps += [(row | {"peer": name}, partial(Exact, name, tokens, True, True, heads)) for name in EXACT]
-            for own, make in steps:
-                freed()
-                step = make()
-                report("lengths", **own, ms=measure(step, 11))
-                if power < 16:
-                    report("lengths", **own, graph=True, ms=graphed(step))
-                del step
-            if heads == 4 and power % 4 == 2:
-                freed()
-                step = Race(2, 2, tokens, True, True, backend="reference")
-                report("lengths", **row, peer="plain torch (2,2)", ms=measure(step, 3, 1))
+            for causal, backward in ((True, True), (False, True), (True, False), (False, False)):
+                if power > exact_longest and not (causal and backward):
+                    continue
+                what: dict[str, Any] = {"heads": heads, "tokens": 1 << power, "causal": causal, "backward": backward}
+                _length(report, what, power <= exact_longest)
 
 
-def _resident(planes: int, tables: int, tokens: int) -> tuple[float, float] | None:
-    """(milliseconds, peak GiB) of a forward and backward pass, or None where it does not fit."""
-    freed()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        ms = measure(Race(planes, tables, tokens, True, True), 3, 1)
-    except torch.OutOfMemoryError:
-        return None
-    return ms, torch.cuda.max_memory_allocated() / 2**30
+def _length(report: Report, what: dict[str, Any], exact: bool) -> None:
+    tokens, heads, how = what["tokens"], what["heads"], (what["causal"], what["backward"])
+    repeats = 11 if tokens * heads < MILLION else 3
+    for planes, tables in (CONFIGURATIONS[0], CONFIGURATIONS[-1]):
+        make = partial(Race, planes, tables, tokens, *how, heads=heads)
+        row(report, "lengths", make, repeats, P=planes, L=tables, **what)
+        if tokens < 1 << 15 and all(how):
+            row(report, "lengths", make, P=planes, L=tables, **what, graph=True)
+    for name in EXACT if exact else ():
+        row(report, "lengths", partial(Exact, name, tokens, *how, heads), repeats, peer=name, **what)
+    if heads == HEADS and all(how) and tokens in (1 << 10, 1 << 14, 1 << 18):
+        make = partial(Race, 2, 2, tokens, *how, backend="reference")
+        row(report, "lengths", make, 3, peer="plain torch (2,2)", **what)
 
 
 def resident(report: Report) -> None:
     """12,000,000 tokens forward and backward, resident, and about the longest that fits."""
-    whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+    found: list[dict[str, Any]] = []
+
+    def kept(part: str, **what: Any) -> None:
+        found.append(what)
+        report(part, **what)
+
+    what: dict[str, Any] = {"causal": True, "backward": True}
     for planes, tables in CONFIGURATIONS:
-        row: dict[str, Any] = {"P": planes, "L": tables, "causal": True, "backward": True}
-        found = _resident(planes, tables, 12_000_000)
-        report("resident", **row, tokens=12_000_000, ms=found and found[0], peak_gib=found and found[1])
-        if found is None or (planes, tables) != CONFIGURATIONS[0]:
-            continue
-        for share in (0.98, 0.95, 0.92):
-            tokens = int(12 * share * whole / found[1] * 10) * 100_000
-            longest = _resident(planes, tables, tokens)
-            if longest is not None:
-                report("resident", **row, tokens=tokens, ms=longest[0], peak_gib=longest[1], longest=True)
-                break
+        make = partial(Race, planes, tables, 12_000_000, True, True)
+        row(kept, "resident", make, 3, P=planes, L=tables, **what, tokens=12_000_000)
+    if not found or found[0]["ms"] is None:
+        return
+    whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+    for share in (0.98, 0.95, 0.92):
+        tokens = int(12 * share * whole / found[0]["peak_gib"] * 10) * 100_000
+        row(kept, "resident", partial(Race, 2, 2, tokens, True, True), 3, P=2, L=2, **what, tokens=tokens, longest=True)
+        if found[-1]["ms"] is not None:
+            break
     freed()
 
 
@@ -180,8 +183,8 @@ def decode(report: Report) -> None:
     for batch in (1, 64):
         for planes, tables in (*CONFIGURATIONS, *WIDE):
             for dtype in STATES:
-                ms = graphed(_token(batch, planes, tables, dtype))
-                report("decode", P=planes, L=tables, batch=batch, state=str(dtype).removeprefix("torch."), ms=ms)
+                what = {"P": planes, "L": tables, "batch": batch, "state": str(dtype).removeprefix("torch.")}
+                row(report, "decode", partial(_token, batch, planes, tables, dtype), **what, graph=True)
 
 
 def repeats(report: Report) -> None:
@@ -196,20 +199,22 @@ def repeats(report: Report) -> None:
 
 PARTS: dict[str, Callable[[Report], None]] = {
     "table": table,
-    "lengths": lengths,
-    "decode": decode,
     "resident": resident,
+    "decode": decode,
+    "lengths": lengths,
     "wide": wide,
-    "repeats": repeats,
     "linear": linear,
+    "repeats": repeats,
 }
 
 
 def compiled(job: tuple[Any, ...]) -> None:
-    """Calls what a job names once: a call of Race, or one token."""
+    """Calls what a job names once. One that fails here fails again where it is measured, and is reported there."""
     kind, *arguments = job
-    (Race(*arguments) if kind == "race" else _token(*arguments))()
-    torch.cuda.synchronize()
+    makers: dict[str, Callable[..., Step]] = {"race": Race, "token": _token, "linear": Linear}
+    with contextlib.suppress(Exception):
+        makers[kind](*arguments)()
+        torch.cuda.synchronize()
 
 
 def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
@@ -218,6 +223,8 @@ def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
     for pair in CONFIGURATIONS if set(only) - {"wide", "decode"} else ():
         jobs += [("race", *pair, 4096, causal, True) for causal in (True, False)]
         jobs.append(("race", *pair, 4096, True, True, HEADS, True))
+    if "linear" in only and has_linear():
+        jobs += [("linear", kind, 64, 4096, True) for kind in Linear.KINDS]
     if "wide" in only:
         jobs += [("race", *pair, 4096, causal, True) for pair in WIDE for causal in (True, False)]
     if "decode" in only:
