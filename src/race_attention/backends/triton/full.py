@@ -56,6 +56,23 @@ def _exact_dot(x, b, rounded, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _weights(phi, FINE: tl.constexpr, PRECISION: tl.constexpr):
+    """phi as a product weighs with it, float32: rounded as an operand, or with all its digits if FINE."""
+    return phi if FINE else operand(phi, PRECISION).to(tl.float32)
+
+
+@triton.jit
+def _transposed_dot(x, b, FINE: tl.constexpr, PRECISION: tl.constexpr):
+    """x^T by b [C, SP]. FINE, of float16: x has three digits more than its bfloat16, and both are in two parts."""
+    coarse, high = operand(x, PRECISION), operand(b, PRECISION)
+    result = dot(tl.trans(coarse), high, PRECISION)
+    if FINE:
+        result = tl.dot(tl.trans((x.to(tl.float32) - coarse.to(tl.float32)).to(tl.bfloat16)), high, result)
+        result = tl.dot(tl.trans(coarse), bfloat16_of(b - high.to(tl.float32)), result)
+    return result
+
+
+@triton.jit
 def _mean_value(value_sum, mass):
     """[VP], of all keys, weighted by mass."""
     return tl.sum(value_sum, 1) * reciprocal(tl.sum(mass, 0))
@@ -73,6 +90,7 @@ def accumulate_kernel(
 ):  # fmt: skip
     """The state that each run of keys alone leaves (programs: runs * G)."""
     S: tl.constexpr = L << P
+    FINE: tl.constexpr = PRECISION == "bf16" and value.dtype.element_ty == tl.float16
     run = tl.program_id(0) // G
     head = tl.program_id(0) - run * G
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
@@ -89,9 +107,9 @@ def accumulate_kernel(
         k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
         v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
         phi = buckets(project(k, w, PRECISION), b, up, down, 0, S, SP, LIFT, PRECISION)
-        phi = operand(tl.where(inside[:, None], phi, 0.0), PRECISION)
-        value_sum += dot(tl.trans(operand(v, PRECISION)), phi, PRECISION)
-        masses += phi.to(tl.float32)  # of the rounded weights: mass and value_sum stay consistent
+        phi = tl.where(inside[:, None], phi, 0.0)
+        value_sum += _transposed_dot(v, phi, FINE, PRECISION)
+        masses += _weights(phi, FINE, PRECISION)  # mass and value_sum stay consistent
     base = states + (run.to(tl.int64) * G + head) * (S * (V + 1))
     store_state(base, 0, value_sum, tl.sum(masses, 0), S, SP, V, VP)
 
@@ -145,6 +163,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """grad_query of a run, and its part of the gradient of the state (programs: runs * H)."""
     S: tl.constexpr = L << P
+    FINE: tl.constexpr = PRECISION == "bf16" and grad_out.dtype.element_ty == tl.float16
     H = G * SHARE
     run = tl.program_id(0) // H
     head = tl.program_id(0) - run * H
@@ -163,7 +182,6 @@ def query_gradient_kernel(
     mean = _mean_value(value_sum, mass)
     centred = value_sum - mean[:, None] * mass[None, :]
     rounded_sums = operand(centred, PRECISION)
-    columns = _masses_as_columns(mass, SP)
     beta_sum = tl.zeros([C, N], tl.float32)
     grad_sum = tl.zeros([VP, SP], tl.float32)
     grad_mass = tl.zeros([C, SP], tl.float32)
@@ -173,23 +191,19 @@ def query_gradient_kernel(
         do = load_rows(grad_out, ot, t, t + c < end, C, V, VP, ALIGNED)
         y = project(q, w, PRECISION)
         phi = buckets(y, b, up, down, 0, S, SP, LIFT, PRECISION)
-        rounded = operand(phi, PRECISION)
-        if PRECISION == "bf16":
-            denominator = tl.sum(tl.dot(rounded, columns), 1)
-        else:
-            denominator = tl.sum(phi * mass[None, :], 1)
-        inverse = reciprocal(denominator)
+        # What is subtracted is the mean by these very weights, or the difference is not what is left of it.
+        inverse = reciprocal(tl.sum(phi * mass[None, :], 1))
         grad_phi = _exact_dot(do, centred, rounded_sums, PRECISION)
-        delta = tl.sum(rounded.to(tl.float32) * grad_phi, 1) * inverse  # grad_out . (out - mean)
+        delta = tl.sum(phi * grad_phi, 1) * inverse  # grad_out . (out - mean)
         grad_phi = (grad_phi - delta[:, None] * mass[None, :]) * inverse[:, None]
         grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
         beta_sum += grad_beta
         grad_y = operand(grad_y, PRECISION)
         dq = dot(grad_y, operand(w, PRECISION), PRECISION)
         store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
-        seen = operand(rounded.to(tl.float32) * inverse[:, None], PRECISION)
-        grad_sum += dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
-        grad_mass -= seen.to(tl.float32) * delta[:, None]
+        seen = phi * inverse[:, None]
+        grad_sum += _transposed_dot(do, seen, FINE, PRECISION)
+        grad_mass -= _weights(seen, FINE, PRECISION) * delta[:, None]
         if NEED_PLANES:
             planes_sum += dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
