@@ -27,6 +27,7 @@ from .narrow import (
     buckets_of,
     by_bucket,
     chunk_at,
+    decay_so_far,
     fading,
     features_at,
     hashed,
@@ -57,13 +58,13 @@ def key_states_kernel(
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    KEEP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The state that each run of keys alone leaves (programs: runs * G), and its total log decay.
 
-    Leaves for the kernels that follow phi_k, [B, G, T, SW], zero where a key takes no part, and its projections
-    [B, G, T, YW]; and of each chunk, where
-    there are chunks, the sums before it, its log decay since the run's start and ``fades`` (see plan.py).
+    Leaves for the kernels that follow phi_k, [B, G, T, SW], zero where a key takes no part, and where there are chunks
+    and decay ``fades``; with KEEP, for the backward pass, the keys' projections [B, G, T, YW], and of each chunk the
+    sums before it and its log decay since the run's start (see plan.py).
     """
     S: tl.constexpr = L << P
     TILED: tl.constexpr = SP <= 32  # a sum over the tokens of a block at the end alone
@@ -91,18 +92,20 @@ def key_states_kernel(
     mass = tl.zeros([C, SP] if TILED else [SP], tl.float32)
     total = tl.zeros([], tl.float64)
     for t in range(0, count, C):
-        if CH > 0:
+        if CH > 0 and (KEEP or HAS_DECAY):
             if t % CH == 0:
-                now = tl.sum(mass, 0) if TILED else mass
-                store_chunk(inner, marks, place, sums, now, so_far, S, SP, SW, V, VP, PRECISION)
-                place += G
+                if KEEP:
+                    now = tl.sum(mass, 0) if TILED else mass
+                    store_chunk(inner, marks, place, sums, now, so_far, S, SP, SW, V, VP, PRECISION)
+                    place += G
                 if HAS_DECAY:
                     in_chunk = tl.zeros([], tl.float32)
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         k = rows_at(key, kt, t, inside, C, D, DP, ALIGNED)
         v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
         y = hashed(k, hashes, C, N, PRECISION)
-        store_projections(key_hashes, t, tl.arange(0, C) < count - t, y, C, N, YW)
+        if KEEP:
+            store_projections(key_hashes, t, tl.arange(0, C) < count - t, y, C, N, YW)
         phi = buckets_of(y, b, corners, C, N, S, SP, LIFT, PRECISION)
         phi = tl.where(inside[:, None], phi, 0.0)
         store_features(key_features, t, tl.arange(0, C) < count - t, operand(phi, PRECISION), C, SP, SW)
@@ -132,13 +135,13 @@ def key_states_kernel(
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] not in "ko"])
 def readout_kernel(
-    query, key_features, value, key_mask, log_decay, planes, beta, table, before, out, inverses,
+    query, key_features, value, key_mask, log_decay, fades, planes, beta, table, before, out, inverses,
     qb: tl.int64, qt: tl.int64, qh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """out of a run of queries (programs: runs * H), contiguous [B, T, H, V], and 1 / denominators [B, H, T]."""
@@ -155,6 +158,8 @@ def readout_kernel(
     value += whole_rows(batch * vb + group * vh + start * vt, ALIGNED)
     key_mask += batch * mb + group * mh + start * mt
     log_decay += batch * gb + group * gh + start * gt
+    if HAS_DECAY and CH > 0:
+        fades += (batch * G + group) * T + start
     out += ((batch * T + start) * H + head) * V
     inverses += (batch * H + head) * T + start
     b = tl.load(beta + group)
@@ -186,8 +191,11 @@ def readout_kernel(
         phi_q = operand(phi, PRECISION)
         score = dot(phi_q, tl.trans(phi_k), PRECISION)
         if HAS_DECAY:
-            whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
-            score *= fading(whole, part, past, False, PRECISION)
+            if CH > 0:
+                whole, part, since, left, kept = decay_so_far(fades, t, count, C, CH)
+            else:
+                whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
+            score *= fading(whole, part, past, False, "bf16" if CH > 0 else PRECISION)
             phi_q = operand(phi * since[:, None], PRECISION)
         score = operand(tl.where(past, score, 0.0), PRECISION)
         denominator = tl.sum(phi_q.to(tl.float32) * (mass if TILED else mass[None, :]), 1)

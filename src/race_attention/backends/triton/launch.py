@@ -22,7 +22,7 @@ class Problem:
 
     ``inverses`` are 1 / denominators, [B, H, Tq], which the forward pass fills and the backward pass reads where it
     has any, as it reads ``out`` or ``features``, the keys' buckets [B, G, Tk, row], and ``inner``, ``marks`` and
-    ``fades`` of chunks (see :mod:`race_attention.backends.triton.plan`).
+    ``fades`` of chunks (see :mod:`race_attention.backends.triton.plan`). Without ``keep`` there is no backward pass.
     """
 
     query: Tensor
@@ -43,6 +43,7 @@ class Problem:
     inner: Tensor | None = None
     marks: Tensor | None = None
     fades: Tensor | None = None
+    keep: bool = True
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value = map(_unit_stride, (self.query, self.key, self.value))

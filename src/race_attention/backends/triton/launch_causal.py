@@ -37,7 +37,7 @@ def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
             pointer_or(runs.table, p.beta), states, totals, p.features,
             key_hashes(p), p.inner, p.marks, p.fades,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, CH=p.shape.chunk,
+            p.keys, runs.length, runs.per_row, p.groups, **p.conditions, CH=p.shape.chunk, KEEP=p.keep,
             YW=p.shape.hash_row, **options(p, "causal_key_states"),
         )  # fmt: skip
     return states, totals
@@ -49,10 +49,10 @@ def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
     if runs.count * p.heads:
         start(
             causal.readout_kernel, (runs.count * p.heads,),
-            p.query, p.features, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta),
+            p.query, p.features, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.fades,
             p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, out, p.inverses,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, CH=p.shape.chunk,
             **p.conditions, **options(p, "causal_readout"),
         )  # fmt: skip
     return out

@@ -313,6 +313,17 @@ def running_decay(base, stride, start, end, C: tl.constexpr):
 
 
 @triton.jit
+def decay_so_far(fades, t, count, C: tl.constexpr, CH: tl.constexpr):
+    """(whole, part, since, left, kept) of a block as :func:`block_decay`, from the sums that the keys' pass left."""
+    c = tl.arange(0, C)
+    past = tl.load(fades + t - 1, mask=t % CH > 0, other=0.0)
+    total = tl.load(fades + tl.minimum(t + C, count) - 1) - past
+    fade = tl.load(fades + t + c, mask=c < count - t, other=0.0)
+    fade = tl.where(c < count - t, fade - past, total)
+    return fade * LOG2_E, fade, tl.exp(fade), tl.exp(total - fade), tl.exp(total)
+
+
+@triton.jit
 def fading(whole, part, past, KEYS_DOWN: tl.constexpr, PRECISION: tl.constexpr):
     """[C, C] what is left of a key at a query, and 0 where the key is not past. Queries down, or KEYS_DOWN."""
     age = whole[None, :] - whole[:, None] if KEYS_DOWN else whole[:, None] - whole[None, :]

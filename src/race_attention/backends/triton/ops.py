@@ -148,13 +148,17 @@ def kept_features(key: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool)
 
 
 def kept_chunks(
-    key: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, decay: bool, packed: bool, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The buffers (inner, marks, fades) of chunks, see plan.py; empty where there are no chunks."""
+    key: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, decay: bool, packed: bool, causal: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The buffers (inner, marks, fades) of chunks, see plan.py; empty where there are no chunks.
+
+    Only the backward pass reads the first two: without ``keep`` they are empty.
+    """
     shape = shape_of(key, value, hyperplanes)
     batch, keys, groups = key.shape[:3]
     chunk = shape.chunk if causal else 0
-    places = plan.chunk_places(batch, keys, rows, chunk, packed)
+    places = plan.chunk_places(batch, keys, rows, chunk, packed) if keep else 0
     # Packed rows leave places between them: an operator's result is the same every time, all of it.
     make = key.new_zeros if packed and chunk else key.new_empty
     operand = torch.bfloat16 if shape.precision == "bf16" else torch.float32

@@ -21,15 +21,19 @@ def _launches_of(problem: Problem, narrow: ModuleType) -> ModuleType:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None,
     key_mask: Tensor | None, bounds: Tensor | None, key_bounds: Tensor | None, mass: Tensor | None,
-    value_sum: Tensor | None, causal: bool,
+    value_sum: Tensor | None, causal: bool, keep: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """What the operator ``triton_forward`` returns: out, final mass and value_sum, and what the backward pass reads."""
+    """What the operator ``triton_forward`` returns: out, final mass and value_sum, and what the backward pass reads.
+
+    Without ``keep`` some of the last is not computed, and holds anything.
+    """
     shape = shape_of(query, value, hyperplanes)
     p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
+    p.keep = keep
     p.inverses = kept_inverses(query, value, hyperplanes, causal)
     p.features = kept_features(key, value, hyperplanes, causal)
     p.inner, p.marks, p.fades = kept_chunks(
-        key, value, hyperplanes, p.rows, log_decay is not None, bounds is not None, causal
+        key, value, hyperplanes, p.rows, log_decay is not None, bounds is not None, causal, keep
     )
     with on(query.device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p, launch_causal).forward(p, (mass, value_sum))
