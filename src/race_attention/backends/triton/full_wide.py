@@ -105,8 +105,7 @@ def query_gradient_kernel(
             up, down = corner_signs(tile, P, N, SP, PRECISION)
             value_sum, mass = load_state(state, tile, S, SP, V, VP)
             phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-            phi = operand(phi, PRECISION).to(tl.float32)
-            denominator += tl.sum(phi * mass[None, :], 1)
+            denominator += tl.sum(phi * mass[None, :], 1)  # by the weights that are multiplied below
             delta += tl.sum(phi * fine_dot(do, value_sum, PRECISION), 1)
         inverse = reciprocal(denominator)
         delta *= inverse  # grad_out . out
@@ -123,7 +122,7 @@ def query_gradient_kernel(
             beta_sum += grad_beta
             grad_y = operand(grad_y, PRECISION)
             dq += dot(grad_y, operand(w, PRECISION), PRECISION)
-            seen = operand(operand(phi, PRECISION).to(tl.float32) * inverse[:, None], PRECISION)
+            seen = operand(phi * inverse[:, None], PRECISION)
             grad_sum = dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
             grad_mass = -tl.sum(seen.to(tl.float32) * delta[:, None], 0)
             store_state(adjoint, tile, grad_sum, grad_mass, S, SP, V, VP)

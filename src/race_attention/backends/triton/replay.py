@@ -98,7 +98,11 @@ class _Allocation:
 
 
 def _bytes_of(x: Tensor) -> int:
-    return int(x.untyped_storage().nbytes()) if x.numel() else 0
+    """From the first element of x to its last."""
+    if not x.numel():
+        return 0
+    apart = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return (apart + 1) * x.element_size()
 
 
 class Recorder(TorchDispatchMode):
@@ -203,13 +207,14 @@ class Recorder(TorchDispatchMode):
         return _Place(found, address - self.buffers[found].address, *how)
 
     def _buffer_at(self, address: int) -> int | None:
-        """The buffer that an address lies in. Of inputs only the beginning is known: they may share memory."""
-        for n, buffer in enumerate(self.buffers):
-            if buffer.address == address and buffer.bytes:
-                return n
-            if n >= self.inputs and buffer.address <= address < buffer.address + buffer.bytes:
-                return n
-        return None
+        """The buffer that an address lies in; of inputs the one that begins there, or the only one."""
+        within = [n for n, x in enumerate(self.buffers) if x.address <= address < x.address + x.bytes]
+        beginning = [n for n in within if self.buffers[n].address == address]
+        if beginning:
+            return beginning[0]
+        if len(within) > 1:
+            raise _CannotRepeat("a part of inputs that share memory")
+        return within[0] if within else None
 
 
 def _Recorded(x: Tensor | None) -> _Buffer:
