@@ -68,7 +68,8 @@ def _forward(*arguments: Any) -> Results:
     None also for what the kernels of this shape do not keep.
     """
     state, kept = arguments[-2:]
-    results: Results = passes.forward(*arguments[:-2], kept)
+    inputs = [*arguments[:-2], kept]
+    results: Results = passes.forward(*inputs)
     state = state or (kept and arguments[5] is not None)  # the gradient of log_decay is anchored at the final state
     final = results[1:3] if state else (None, None)
     return results[0], *final, *[x if kept and x is not None and x.numel() else None for x in results[3:]]
