@@ -15,6 +15,7 @@ def plot(path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     found = json.loads(path.read_text(encoding="utf-8"))
+    found["rows"] = [row for row in found["rows"] if row.get("ms") is not None]  # without what failed
     figure, axes = plt.subplots(1, 3, figsize=(18, 5))
     for axis, heads in zip(axes, (4, 64), strict=False):
         _lengths(axis, [row for row in found["rows"] if row["part"] == "lengths" and row["heads"] == heads])
@@ -33,7 +34,7 @@ def plot(path: Path) -> Path:
 def _lengths(axis: Any, rows: list[dict[str, Any]]) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        if not row["causal"] or row["ms"] is None:
+        if not (row["causal"] and row["backward"]):
             continue
         name = row.get("peer") or f"RACE ({row['P']},{row['L']})"
         series.setdefault(name + (", graph" if row.get("graph") else ""), []).append((row["tokens"], row["ms"]))
