@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from race_attention.testing import make_inputs, oracle
+from race_attention import race_attention
+from race_attention.testing import assert_within_budget, make_inputs, oracle
 from tests.helpers import assert_equal_results, evaluate, in_double, whole
 
 pytest.importorskip("triton")
@@ -76,3 +79,76 @@ def test_gradients_where_values_have_a_common_part() -> None:
     for name in ("query", "key", "log_decay"):
         error = (got[f"gradient of {name}"].cpu().double() - right[f"gradient of {name}"]).norm()
         assert error < 30 * 1e-5 * right[f"gradient of {name}"].norm(), name
+
+
+@pytest.fixture
+def short_chunks(one_run: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chunks of 16 tokens, several to a run."""
+    from race_attention.backends.triton import plan
+
+    monkeypatch.setattr(plan, "CHUNK", 16)
+    plan.forget()
+    yield
+    monkeypatch.undo()
+    plan.forget()
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64, 75])
+@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.usefixtures("short_chunks")
+def test_a_call_without_gradients_equals_one_with_them(tokens: int, decay: str | None) -> None:
+    """It keeps nothing for a backward pass; also where chunks and runs end."""
+    dtype = torch.float16 if INTERPRETED else BFLOAT16
+    inputs = make_inputs(
+        causal=True, batch=2, tokens=tokens, heads=2, kv_heads=1, dim=8, decay=decay, masked=0.2, dtype=dtype,
+        device=DEVICE, requires_grad=True, seed=8,
+    )  # fmt: skip
+    out = race_attention(**inputs, backend="triton")
+    assert_within_budget(out, oracle(**in_double(inputs)), dtype, "forward")
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(out, race_attention(**inputs, backend="triton"))
+
+
+@pytest.mark.parametrize("lengths", [None, (41, 0, 1, 33)], ids=["rows", "packed"])
+@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.usefixtures("short_chunks")
+def test_sums_before_chunks(lengths: tuple[int, ...] | None, decay: str | None) -> None:
+    """What the keys' pass leaves at each chunk's place, added up again token by token."""
+    from race_attention.backends.triton import passes, plan
+    from race_attention.backends.triton.ops import shape_of
+
+    rows = 2 if lengths is None else 1
+    inputs = make_inputs(
+        causal=True, batch=rows, tokens=75, heads=2, dim=8, planes=2, tables=2, decay=decay, lengths=lengths,
+        dtype=torch.float16, device=DEVICE, requires_grad=False, seed=3,
+    )  # fmt: skip
+    bounds = inputs.get("cu_seqlens")
+    fixed = (inputs["query"], inputs["key"], inputs["value"], inputs["hyperplanes"], inputs["beta"])
+    results = passes.forward(*fixed, inputs.get("log_decay"), None, bounds, bounds, None, None, True)
+    features, inner, marks, fades = results[5:]
+    shape = shape_of(inputs["query"], inputs["value"], inputs["hyperplanes"])
+    length = plan.runs_of(rows, 75, 2, *plan.run_lengths(shape, True), bounds).length
+    assert length > plan.CHUNK
+    phi = features.flatten()[: rows * 2 * 75 * shape.row].view(rows, 2, 75, shape.row).double()
+    ends = [0, 75] if bounds is None else bounds.tolist()
+    log_decay = inputs.get("log_decay")
+    for batch in range(rows):
+        for row, (start, end) in enumerate(itertools.pairwise(ends)):
+            for first in range(start, end, length):
+                state = torch.zeros(2, shape.row, 9, dtype=torch.float64, device=DEVICE)  # value sums, then masses
+                faded, so_far = (torch.zeros(2, dtype=torch.float64, device=DEVICE) for _ in range(2))
+                for t in range(first, min(first + length, end)):
+                    if (t - first) % 16 == 0:
+                        place = batch * 5 + t // 16 if bounds is None else row + t // 16
+                        close = {"rtol": 1e-2 if not INTERPRETED else 1e-5, "atol": 1e-2 if not INTERPRETED else 1e-5}
+                        torch.testing.assert_close(inner[place].double().mT, state[..., :8], **close)
+                        torch.testing.assert_close(marks[place, :, : shape.row].double(), state[..., 8], **close)
+                        torch.testing.assert_close(marks[place, :, shape.row].double(), so_far, **close)
+                        faded.zero_()
+                    if log_decay is not None:
+                        here = log_decay[batch, t].double()
+                        faded, so_far, state = faded + here, so_far + here, state * here.exp()[:, None, None]
+                        torch.testing.assert_close(fades[batch, :, t].double(), faded, rtol=1e-5, atol=1e-5)
+                    row_of_v = torch.cat((inputs["value"][batch, t].double(), torch.ones_like(so_far)[:, None]), 1)
+                    state = state + phi[batch, :, t, :, None] * row_of_v[:, None]
