@@ -4,8 +4,8 @@ A *shape class* is what a compiled kernel depends on: D, Dv, tables, planes, dty
 chooses how many blocks make a run, which the kernels take as an ordinary number.
 
 Causal calls of one tile of buckets keep what the keys of a run have summed up to each of its *chunks* of CH tokens,
-so that the blocks of a run wait for nothing of each other. A run is whole chunks, the last of a row excepted, and
-chunks count from a row's first token. The chunk that begins at token ``t`` of row ``r`` has the place
+so that the blocks of the gradients' kernels wait for nothing of each other. A run is whole chunks, the last of a row
+excepted, and chunks count from a row's first token. The chunk that begins at token ``t`` of row ``r`` has the place
 
     batch * ceil(T / CH) + t // CH        of equal lengths
     r + t // CH                           packed, ``t`` counted from the first token of all rows: no two are the same
