@@ -2,9 +2,9 @@
 
 A cell is the mean over seeds, with their standard deviation, of the score at the step that was best on the validation
 set: on the test set where there is one, else on the validation set. Where a method was searched (rows
-``NAME@lr=0.001``), the setting that was best on the validation set stands for it, and the table lists all that were
-tried: the best with seed 0 got more seeds, and where several did, the mean over them decides. A failed run is shown
-with its reason, and so is a row that was not run.
+``NAME@lr=0.001``), the setting that was best on the validation set with seed 0 stands for it, the one rule for all
+methods, however many seeds a setting has; the table lists all that were tried. A failed run is shown with its reason,
+and so is a row that was not run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Row:
         validation: the scores of the same seeds on the validation set; empty where ``scores`` are those.
         parameters: of the model.
         chosen: the setting that the scores are of; "" without a search.
-        tried: (setting, mean validation score or None where all failed, seeds).
+        tried: (setting, validation score with seed 0 or None where it failed, those of all its seeds).
         milliseconds: of a training step on a machine of its own, where ``speed.json`` has it.
         seconds: of the training runs, mean, on a machine that several runs shared.
         memory_gb: peak; alone on the device where ``speed.json`` has it.
@@ -53,7 +53,7 @@ class Row:
     validation: tuple[float, ...] = ()
     parameters: int = 0
     chosen: str = ""
-    tried: tuple[tuple[str, float | None, int], ...] = ()
+    tried: tuple[tuple[str, float | None, tuple[float, ...]], ...] = ()
     milliseconds: float | None = None
     seconds: float = math.nan
     memory_gb: float = math.nan
@@ -123,11 +123,12 @@ def _row(
 ) -> Row:
     tried = []
     for setting, results in settings.items():
-        scores = [float(result["best"]["valid"]) for result in results if not result["error"]]
-        tried.append((setting, statistics.fmean(scores) if scores else None, len(scores)))
+        scores = {result["seed"]: float(result["best"]["valid"]) for result in results if not result["error"]}
+        if any(result["seed"] == 0 for result in results):
+            tried.append((setting, scores.get(0), tuple(scores.values())))
     everything = [result for results in settings.values() for result in results]
     higher = bool(everything[0].get("higher_is_better", True))
-    chosen = _chosen(tried, higher)
+    chosen = _chosen(tried, higher) if tried else next(iter(settings))
     results = settings[chosen]
     good = [result for result in results if not result["error"]]
     split = "test" if good and "test" in good[0]["best"] else "valid"
@@ -157,14 +158,13 @@ def _number(setting: str) -> float:
         return 0.0
 
 
-def _chosen(tried: Sequence[tuple[str, float | None, int]], higher: bool) -> str:
-    """Of the settings with most seeds the best; of equal ones the lowest, as :mod:`experiments.jobs` chooses."""
+def _chosen(tried: Sequence[tuple[str, float | None, tuple[float, ...]]], higher: bool) -> str:
+    """The setting that was best with seed 0; of equal ones the lowest, as :mod:`experiments.jobs` chooses."""
     ordered = sorted(tried, key=lambda one: _number(one[0]))
-    good = [(setting, score, seeds) for setting, score, seeds in ordered if score is not None]
+    good = [(setting, score) for setting, score, _ in ordered if score is not None]
     if not good:
         return ordered[0][0]
-    most = max(seeds for _, _, seeds in good)
-    return (max if higher else min)((one for one in good if one[2] == most), key=lambda one: one[1])[0]
+    return (max if higher else min)(good, key=lambda one: one[1])[0]
 
 
 def shown(value: float, metric: str) -> str:
@@ -207,9 +207,7 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     devices = sorted({d for r in run for d in r.devices})
     lines += ["", "Mean and standard deviation over seeds, on " + ", ".join(devices) + "."] if run else []
     if shape.search:
-        lines += [
-            "In bold the setting that was best on the validation set, of those with most seeds; the score is of it."
-        ]
+        lines += ["In bold the setting that was best on the validation set with seed 0; the score is of it."]
     lines += [f"- {row.name}, {error}" for row in rows for error in row.errors]
     return "\n".join(lines) + "\n"
 
@@ -241,9 +239,10 @@ def _cells(row: Row, shape: _Columns) -> list[str]:
 
 def _tried(row: Row) -> str:
     parts = []
-    for setting, found, seeds in row.tried:
-        several = f" ({seeds} seeds)" if seeds > 1 else ""
-        text = f"{setting} {'failed' if found is None else shown(found, row.metric)}{several}"
+    for setting, first, scores in row.tried:
+        text = f"{setting} {'failed' if first is None else shown(first, row.metric)}"
+        if len(scores) > 1:
+            text += f" ({len(scores)} seeds: {shown(statistics.fmean(scores), row.metric)})"
         parts.append(f"**{text}**" if setting == row.chosen else text)
     return ", ".join(parts)
 

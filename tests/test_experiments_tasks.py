@@ -423,7 +423,7 @@ def test_tables_show_a_search_and_what_was_not_run(tmp_path):
     assert [row.name for row in rows] == ["b", "a", "c"]
     assert rows[1].scores == (2.2, 2.4)
     text = markdown(rows, "t")
-    tried = "lr=0.001 2.0000, **lr=0.002 1.9250 (2 seeds)**, lr=0.01 failed"
+    tried = "lr=0.001 2.0000, **lr=0.002 1.9000 (2 seeds: 1.9250)**, lr=0.01 failed"
     assert f"| a | 2.3000 ± 0.1414 | 1.9250 ± 0.0354 | 2 | 1,000 | {tried} | 3.2 | 2.0 | 1.00 |" in text
     assert "| b | (not run yet: no time on the GPU) |" in text
     assert "| c | (needs another package) |" in text
