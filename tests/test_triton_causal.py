@@ -110,6 +110,11 @@ def test_a_call_without_gradients_equals_one_with_them(tokens: int, decay: str |
             assert torch.equal(out, race_attention(**inputs, backend="triton"))
 
 
+def _near(actual: torch.Tensor, right: torch.Tensor) -> None:
+    """Within the forward budget of float32 inputs in the interpreter, of bfloat16 on a GPU, where sums are rounded."""
+    assert float((actual - right).norm()) <= (1e-5 if INTERPRETED else 4e-3) * float(right.norm())
+
+
 @pytest.mark.parametrize("lengths", [None, (41, 0, 1, 33)], ids=["rows", "packed"])
 @pytest.mark.parametrize("decay", [None, "token"])
 @pytest.mark.usefixtures("short_chunks")
@@ -141,10 +146,9 @@ def test_sums_before_chunks(lengths: tuple[int, ...] | None, decay: str | None) 
                 for t in range(first, min(first + length, end)):
                     if (t - first) % 16 == 0:
                         place = batch * 5 + t // 16 if bounds is None else row + t // 16
-                        close = {"rtol": 1e-2 if not INTERPRETED else 1e-5, "atol": 1e-2 if not INTERPRETED else 1e-5}
-                        torch.testing.assert_close(inner[place].double().mT, state[..., :8], **close)
-                        torch.testing.assert_close(marks[place, :, : shape.row].double(), state[..., 8], **close)
-                        torch.testing.assert_close(marks[place, :, shape.row].double(), so_far, **close)
+                        _near(inner[place].double().mT, state[..., :8])
+                        _near(marks[place, :, : shape.row].double(), state[..., 8])
+                        torch.testing.assert_close(marks[place, :, shape.row].double(), so_far, rtol=1e-5, atol=1e-5)
                         faded.zero_()
                     if log_decay is not None:
                         here = log_decay[batch, t].double()

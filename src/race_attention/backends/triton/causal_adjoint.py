@@ -257,5 +257,7 @@ def planes_kernel(
         rows = rows_at(x, xt, t, here, C, D, DP, ALIGNED)
         at = (grad_hashes + t * YW) + (c[:, None] * YW + n[None, :])
         grad_y = tl.load(at, mask=here[:, None] & (n < YW)[None, :], other=0.0)
+        idle = tl.sum(tl.abs(grad_y.to(tl.float32)), 1) == 0  # as a masked key is, which may hold NaN
+        rows = tl.where(idle[:, None], 0.0, rows)
         planes_sum = add_dot(planes_sum, tl.trans(operand(rows, PRECISION)), grad_y, PRECISION)
     store_hash_gradient(planes_parts, run.to(tl.int64) * G + head, planes_sum, N, D, DP, ROWS)

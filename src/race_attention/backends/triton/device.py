@@ -203,8 +203,8 @@ def add_fine_dot(total, a, b, FINE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, and 0 where x is 0: a query that sees no key."""
-    return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
+    """1 / x, and 0 where x is 0: a query that sees no key. NaN stays NaN."""
+    return tl.where(x <= 0, 0.0, 1.0 / tl.where(x <= 0, 1.0, x))
 
 
 @triton.jit
@@ -271,11 +271,12 @@ def sides(y, beta):
 
         f+ = (1 - F/2 + (F/2) e) / (1 + e)        f- = ((1 - F/2) e + F/2) / (1 + e)
 
-    without cancellation at either end; past odds of 2**40 both are constant.
+    without cancellation at either end; past odds of 2**40 both are constant. NaN stays NaN.
     """
-    grown = tl.exp2(tl.minimum(y * (2.0 * LOG2_E), 100.0))
+    grown = tl.exp2(tl.minimum(y * (2.0 * LOG2_E), 100.0, propagate_nan=tl.PropagateNan.ALL))
     r = inverse_of(1.0 + grown)
-    odds = tl.exp2(tl.minimum(tl.maximum((2.0 * r - 1.0) * (beta * (2.0 * LOG2_E)), -40.0), 40.0))
+    odds = tl.maximum((2.0 * r - 1.0) * (beta * (2.0 * LOG2_E)), -40.0, propagate_nan=tl.PropagateNan.ALL)
+    odds = tl.exp2(tl.minimum(odds, 40.0, propagate_nan=tl.PropagateNan.ALL))
     return r, grown * r, odds
 
 

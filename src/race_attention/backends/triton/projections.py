@@ -14,7 +14,8 @@ import triton.language as tl
 def store_projections(base, t, here, y, C: tl.constexpr, N: tl.constexpr, YW: tl.constexpr):
     """Writes y [C, N] of the tokens from the run's t-th on. Past +-30 no bucket can tell the difference."""
     n = tl.arange(0, N)
-    y = tl.minimum(tl.maximum(y, -30.0), 30.0)
+    y = tl.maximum(y, -30.0, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.minimum(y, 30.0, propagate_nan=tl.PropagateNan.ALL)
     if base.dtype.element_ty == tl.bfloat16:
         y = y.to(tl.float16).to(tl.bfloat16, bitcast=True)
     at = (base + t * YW) + (tl.arange(0, C)[:, None] * YW + n[None, :])
