@@ -756,6 +756,7 @@ def test_preset_for_language_models_is_the_layer_with_its_options():
         conv_size=4,
         decay="per_token",
         norm_gate=True,
+        rope=10_000.0,
         learn_hyperplanes=True,
     )
     same.load_state_dict(layer.state_dict())
@@ -764,6 +765,9 @@ def test_preset_for_language_models_is_the_layer_with_its_options():
     assert isinstance(layer.hyperplanes, nn.Parameter)
     assert layer.hyperplanes.shape[0] == 4
     assert RaceAttention.for_language_models(32, 4, conv_size=0, decay=None).decay is None
+    assert RaceAttention.for_language_models(20, 4, rope=None).rope is None
+    with pytest.raises(ValueError, match="rope: got 10000.0 with head_dim = 5, allowed is an even head_dim"):
+        RaceAttention.for_language_models(20, 4)
     with pytest.raises(ValueError, match="decay: got 'per_token' with causal=False"):
         RaceAttention.for_language_models(32, 4, causal=False)
     with pytest.raises(TypeError, match="magic"):
