@@ -272,7 +272,7 @@ def large_inputs(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_heads_passed_over_together(name, dtype, threads):
-    """By one thread, two, three that take the runs of a row in turns, five with pieces of it each; the same to the bit."""
+    """By one thread, two, three that take a row's runs in turns, five with pieces of it: the same to the bit."""
     inputs = large_inputs(name, dtype)
     threads(1)
     alone = evaluate(whole, inputs, backend="cpu")

@@ -766,7 +766,7 @@ def test_preset_for_language_models_is_the_layer_with_its_options():
     assert layer.hyperplanes.shape[0] == 4
     assert RaceAttention.for_language_models(32, 4, conv_size=0, decay=None).decay is None
     assert RaceAttention.for_language_models(20, 4, rope=None).rope is None
-    with pytest.raises(ValueError, match="rope: got 10000.0 with head_dim = 5, allowed is an even head_dim"):
+    with pytest.raises(ValueError, match=r"rope: got 10000\.0 with head_dim = 5, allowed is an even head_dim"):
         RaceAttention.for_language_models(20, 4)
     with pytest.raises(ValueError, match="decay: got 'per_token' with causal=False"):
         RaceAttention.for_language_models(32, 4, causal=False)
