@@ -13,7 +13,6 @@ import triton.language as tl
 
 from .causal_adjoint import block_at, place_of
 from .device import (
-    FLOOR,
     LOG2_E,
     add_dot,
     add_fine_dot,
@@ -21,12 +20,11 @@ from .device import (
     bfloat16_of,
     dot,
     fine_dot,
-    inverse_of,
     keys_inside,
     operand,
     reciprocal,
     run_bounds,
-    sides,
+    side_gradients,
     store_rows,
     whole_rows,
 )
@@ -61,7 +59,7 @@ def load_inner(base, V: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr, SW: tl
     if TALL:
         x = tl.load(base + v[None, :] * SW + s[:, None], mask=(s < SW)[:, None] & (v < V)[None, :], other=0.0)
     else:
-        x = tl.load(base + v[:, None] * SW + s[None, :], mask=(s < SW)[None, :] & (v < V)[:, None], other=0.0)
+        x = load_given(base, V, VP, SP, SW)
     return x.to(tl.float32)
 
 
@@ -130,7 +128,10 @@ def projection_gradients(
     dphi_phi, y, beta, choice, C: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, FINE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`~.narrow.hash_gradients`, dphi * phi in one part where not FINE."""
+    """From dphi * phi [C, SP]: the gradient of the projections, and of beta by token and plane, [C, N] twice.
+
+    As :func:`~.device.bucket_gradients`; dphi * phi in one part where not FINE.
+    """
     if FINE:
         high = dphi_phi
         if PRECISION != "ieee":
@@ -139,12 +140,7 @@ def projection_gradients(
     else:
         both = dot(operand(dphi_phi, PRECISION), choice, PRECISION)
     of_up, of_down = tl.split(tl.permute(tl.reshape(both, [C, 2, N]), (0, 2, 1)))
-    r, rest, odds = sides(y, beta)
-    bell = odds * inverse_of(1.0 + odds) * (1.0 - FLOOR)
-    rise = bell * inverse_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR))
-    fall = bell * inverse_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR)
-    dz = of_up * rise - of_down * fall
-    return dz * ((8.0 * beta) * (r * rest)), dz * (2.0 * (rest - r))
+    return side_gradients(of_up, of_down, y, beta)
 
 
 @triton.jit

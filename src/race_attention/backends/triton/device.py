@@ -312,11 +312,19 @@ def bucket_gradients(dphi_phi, y, beta, up, down, PRECISION: tl.constexpr):
     phi is a product, so d phi / dz is phi times the slope of one factor's logarithm, and only the sums of
     dphi * phi over the buckets of either side of a plane are needed.
     """
+    return side_gradients(
+        sum_of(dphi_phi, tl.trans(up), PRECISION), sum_of(dphi_phi, tl.trans(down), PRECISION), y, beta
+    )
+
+
+@triton.jit
+def side_gradients(of_up, of_down, y, beta):
+    """The same from the sums of dphi * phi over the buckets of either side of each plane, [C, N] twice."""
     r, rest, odds = sides(y, beta)
     bell = odds * inverse_of(1.0 + odds) * (1.0 - FLOOR)  # (1 - F) sigmoid(z) sigmoid(-z) (1 + e), the slope of f+
     rise = bell * inverse_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR))
     fall = bell * inverse_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR)
-    dz = sum_of(dphi_phi, tl.trans(up), PRECISION) * rise - sum_of(dphi_phi, tl.trans(down), PRECISION) * fall
+    dz = of_up * rise - of_down * fall
     dz_dy = (8.0 * beta) * (r * rest)  # 2 beta (1 - tanh(y)**2)
     return dz * dz_dy, dz * (2.0 * (rest - r))
 

@@ -17,7 +17,6 @@ from .device import (
     add_dot,
     bfloat16_of,
     float16_of,
-    inverse_of,
     load_decay,
     log2_of,
     operand,
@@ -181,17 +180,6 @@ def load_corners(P: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: 
 
 
 @triton.jit
-def load_sides(P: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
-    """The same the other way, twice over for the two parts of what is summed, [2SP, 2N]."""
-    column = tl.arange(0, 2 * N)[None, :]
-    s = tl.arange(0, 2 * SP)[:, None] % SP
-    n = column % N
-    chosen = (n // P == (s >> P)) & ((((s >> (n % P)) & 1) == 1) == (column < N))
-    choice = tl.where(chosen, 1.0, 0.0)
-    return choice if PRECISION == "ieee" else choice.to(tl.bfloat16)
-
-
-@triton.jit
 def beside(a, b, C: tl.constexpr, N: tl.constexpr):
     """[C, 2N] of two [C, N]: no element leaves its thread."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [C, 2 * N])
@@ -229,31 +217,6 @@ def buckets_of(
         # A sum and not a mask, whose predicates would be kept through the loop.
         logit += (tl.minimum(S - 1 - tl.arange(0, SP), 0) * 1024).to(tl.float32)[None, :]
     return tl.exp2(logit)
-
-
-@triton.jit
-def hash_gradients(
-    dphi_phi, y, beta, choice, C: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr
-):
-    """From dphi * phi [C, SP]: the gradient of the projections, and of beta by token and plane, [C, N] twice.
-
-    As :func:`~.device.bucket_gradients`.
-    """
-    high = dphi_phi
-    if PRECISION != "ieee":
-        high = bfloat16_of(dphi_phi)
-    low = dphi_phi - high.to(tl.float32)
-    if PRECISION == "ieee":
-        both = tl.dot(beside(high, low, C, SP), choice, input_precision="ieee")
-    else:
-        both = tl.dot(beside(high, bfloat16_of(low), C, SP), choice)
-    of_up, of_down = tl.split(tl.permute(tl.reshape(both, [C, 2, N]), (0, 2, 1)))
-    r, rest, odds = sides(y, beta)
-    bell = odds * inverse_of(1.0 + odds) * (1.0 - FLOOR)
-    rise = bell * inverse_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR))
-    fall = bell * inverse_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR)
-    dz = of_up * rise - of_down * fall
-    return dz * ((8.0 * beta) * (r * rest)), dz * (2.0 * (rest - r))
 
 
 @triton.jit
