@@ -12,7 +12,7 @@ from race_attention.state import write_atomically
 
 def bundle(results: Path, path: Path) -> int:
     """All results below ``results`` as one .tar.gz; returns how many."""
-    files = sorted(results.rglob("seed-*.json"))
+    files = sorted([*results.glob("*/*/seed-*.json"), *results.glob("*/speed.json")])
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for file in files:
@@ -31,8 +31,9 @@ def unbundle(path: Path, results: Path) -> int:
     with tarfile.open(fileobj=io.BytesIO(path.read_bytes())) as tar:
         for member in tar.getmembers():
             parts = Path(member.name).parts
-            fits = len(parts) == 3 and ".." not in parts and member.isfile() and parts[2].startswith("seed-")
-            check(fits, "bundle", member.name, "TABLE/ROW/seed-N.json")
+            result = len(parts) == 3 and parts[2].startswith("seed-")
+            fits = (result or parts[1:] == ("speed.json",)) and ".." not in parts and member.isfile()
+            check(fits, "bundle", member.name, "TABLE/ROW/seed-N.json or TABLE/speed.json")
             target = results.joinpath(*parts)
             target.parent.mkdir(parents=True, exist_ok=True)
             content = tar.extractfile(member)

@@ -1,9 +1,11 @@
 """Works through a queue of runs within a time limit, several at once: ``python -m experiments.gpu_batch``.
 
 The queue, ``configs/queue.toml``, lists configuration files with rows and seeds, the most valuable first. Runs whose
-result exists are skipped, so that a later call goes on where the last one ended. Small models leave a large GPU
-idle between kernels; ``--jobs`` runs share it. With ``--bundle`` all results go into one file, which ``--unbundle``
-puts back where they belong, for machines that keep nothing.
+result exists are skipped, so that a later call goes on where the last one ended. Every GPU in ``CUDA_VISIBLE_DEVICES``
+takes part and has ``--jobs`` processes, so that one compiles while another trains; a process goes on with the
+method it has compiled as long as there are seeds or settings of it. With ``--time TABLE.toml:ROW:ROW`` the first GPU times
+training steps before anything else runs on it. With ``--bundle`` all results go into one file, which ``--unbundle`` puts back
+where they belong, for machines that keep nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import argparse
 import math
 import os
 import statistics
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -34,9 +38,12 @@ class Batch:
         results, work, logs: folders for results, checkpoints and output.
         data_dir: folder of local data.
         seconds: after which no job goes on; jobs that then run save a checkpoint and stop.
-        jobs: processes at once.
+        jobs: processes at once, on each GPU.
         device: "auto" or a device of torch.
+        gpus: as ``CUDA_VISIBLE_DEVICES`` names them, which each process sees one of; none for a machine without.
         bundle_to: a .tar.gz of all results, renewed after every job.
+        time_tables: configurations whose steps are timed first, on the first GPU with nothing else on it; of all
+            rows, or of those after colons.
     """
 
     def __init__(
@@ -49,55 +56,107 @@ class Batch:
         seconds: float,
         jobs: int,
         device: str,
+        gpus: Sequence[str] = (),
         bundle_to: Path | None = None,
+        time_tables: Sequence[str] = (),
     ) -> None:
         self.results, self.work, self.logs = (folder.absolute() for folder in (results, work, logs))
         self.data_dir, self.jobs, self.device, self.bundle_to = data_dir, jobs, device, bundle_to
+        self.gpus, self.time_tables = tuple(gpus), time_tables
         self.end = time.monotonic() + seconds
         self.durations: dict[str, list[float]] = {}  # of finished jobs, by table
         self.failed: list[Job] = []
         self.waiting: list[Job] = []
-        self.running = self.done = 0
+        self.running: list[Job] = []
+        self.done = 0
         self.lock = threading.Lock()
+        self.timed = threading.Event()  # the first GPU is free
 
     def run(self, queue: Sequence[Job]) -> tuple[int, int]:
         """Works through the queue; returns how many jobs finished and how many are left."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self.waiting = [job for job in queue if not self._is_done(job)]
-        threads = [threading.Thread(target=self._work) for _ in range(min(self.jobs, max(1, len(self.waiting))))]
+        places: list[str | None] = [gpu for _ in range(self.jobs) for gpu in self.gpus or (None,)]
+        threads = [threading.Thread(target=self._work, args=(gpu,)) for gpu in places[: max(1, len(self.waiting))]]
         for thread in threads:
             thread.start()
+        self._time_steps()
         for thread in threads:
             thread.join()
         return self.done, sum(not self._is_done(job) for job in queue)
+
+    def _time_steps(self) -> None:
+        """Steps of the given tables, alone on the first GPU."""
+        given = [f"--device={self.device}", f"--results={self.results}"]
+        given += [f"--data-dir={self.data_dir}"] if self.data_dir else []
+        try:
+            for table in self.time_tables:
+                file, *rows = table.split(":")
+                command = [
+                    sys.executable,
+                    "-m",
+                    "experiments.steptime",
+                    *given,
+                    file,
+                    *(f"--row={row}" for row in rows),
+                ]
+                left = max(1.0, self.end - time.monotonic())
+                subprocess.run(command, env=self._environment(self._first), timeout=left, check=False)
+                with self.lock:
+                    self._bundle()
+        except subprocess.TimeoutExpired as error:
+            print(f"steps are not all timed: {error}", flush=True)
+        finally:
+            self.timed.set()
+
+    @property
+    def _first(self) -> str | None:
+        return self.gpus[0] if self.gpus else None
+
+    @staticmethod
+    def _environment(gpu: str | None) -> dict[str, str]:
+        return dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
 
     def _is_done(self, job: Job) -> bool:
         path = job.result(self.results)
         return path is not None and path.exists()
 
-    def _work(self) -> None:
-        """One of the threads: takes jobs and has its worker run them."""
+    def _work(self, gpu: str | None) -> None:
+        """One of the threads: takes jobs and has its worker, which sees one GPU, run them."""
+        if gpu == self._first:
+            self.timed.wait()
         worker: Worker | None = None
+        last: Job | None = None
         while True:
             with self.lock:
-                job = next((job for job in self.waiting if self._fits(job)), None)
+                job = self._next(last)
                 if job is None and not self.running:
                     break
                 if job is not None:
                     self.waiting.remove(job)
-                    self.running += 1
+                    self.running.append(job)
             if job is None:
                 time.sleep(0.2)  # a job that runs may be what another waits for
                 continue
             if worker is None or not worker.alive:
-                worker = Worker(max(1, (os.cpu_count() or 1) // self.jobs))
+                processes = self.jobs * max(1, len(self.gpus))
+                worker = Worker(max(1, _cores() // processes), self._environment(gpu))
             start = time.monotonic()
             said = worker.run(self._request(job))
+            last = job
             with self.lock:
-                self.running -= 1
+                self.running.remove(job)
                 self._ended(job, time.monotonic() - start, said)
         if worker is not None:
             worker.close()
+
+    def _next(self, last: Job | None) -> Job | None:
+        """The first job of the method just run, which is compiled; else of one that no other process compiles now."""
+        fitting = [job for job in self.waiting if self._fits(job)]
+        same = (job for job in fitting if last is not None and job.method == last.method)
+        taken = {job.method for job in self.running}
+        untouched = (job for job in fitting if job.method not in taken)
+        return next(same, None) or next(untouched, None) or next(iter(fitting), None)
 
     def _fits(self, job: Job) -> bool:
         """Whether it can run and time is left for it, as far as finished jobs of its table tell."""
@@ -127,8 +186,26 @@ class Batch:
         else:
             self.failed.append(job)
         print(f"{seconds:6.1f} s  {'done' if good else 'not done'}  {job}  {said[:300]}", flush=True)
+        self._bundle()
+
+    def _bundle(self) -> None:
         if self.bundle_to is not None:
             bundle(self.results, self.bundle_to)
+
+
+def _cores() -> int:
+    """That this process may use, where the system tells; else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """What ``CUDA_VISIBLE_DEVICES`` names, or without it every GPU."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu.strip() for gpu in named.split(",") if gpu.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.gpu_batch", description=__doc__)
     parser.add_argument("--queue", type=Path, default=CONFIGS / "queue.toml")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, on each GPU")
+    parser.add_argument("--time", action="append", default=[], metavar="TABLE.toml:ROW", help="steps to time first")
     parser.add_argument("--data-dir", help="folder of local data sets; default the environment variable RACE_DATA_DIR")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"))
@@ -166,7 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds=given.seconds,
         jobs=given.jobs,
         device=given.device,
+        gpus=visible_gpus() if given.device == "auto" else (),
         bundle_to=given.bundle,
+        time_tables=given.time,
     )
     done, left = batch.run(queue)
     print(f"{done} runs done, {left} left, {len(batch.failed)} stopped or failed")

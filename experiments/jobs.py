@@ -48,6 +48,11 @@ class Job:
         row = self.row(results)
         return None if row is None else results / self.table / row / f"seed-{self.seed}.json"
 
+    @property
+    def method(self) -> tuple[Path, str]:
+        """What its compiled model depends on: settings of a search and seeds have it in common."""
+        return self.file, self.rows[0].partition("@")[0]
+
     def __str__(self) -> str:
         row = self.rows[0] if len(self.rows) == 1 else self.rows[0].partition("@")[0] + "@best"
         return f"{self.table}/{row}/{self.seed}"

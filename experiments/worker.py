@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ class Worker:
 
     Args:
         threads: of torch on the CPU.
+        environment: of the process; default this one's.
     """
 
-    def __init__(self, threads: int) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    def __init__(self, threads: int, environment: Mapping[str, str] = os.environ) -> None:
+        environment = dict(environment) | {"OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "experiments.worker"]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

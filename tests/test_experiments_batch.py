@@ -4,13 +4,16 @@ import json
 import tarfile
 
 import pytest
+import torch
 
+from experiments import gpu_batch
 from experiments.bundle import bundle, unbundle
 from experiments.config import ConfigError
 from experiments.gpu_batch import CONFIGS, Batch, main
 from experiments.jobs import read_queue
 from experiments.run import read_rows
 from experiments.steptime import main as time_steps
+from experiments.worker import Worker
 
 CONFIG = """
 task = "mqar"
@@ -37,7 +40,7 @@ def queue(tmp_path):
     return tmp_path / "queue.toml"
 
 
-def batch_of(tmp_path, seconds, jobs=2):
+def batch_of(tmp_path, seconds, jobs=2, **more):
     return Batch(
         results=tmp_path / "res",
         work=tmp_path / "work",
@@ -46,6 +49,7 @@ def batch_of(tmp_path, seconds, jobs=2):
         seconds=seconds,
         jobs=jobs,
         device="cpu",
+        **more,
     )
 
 
@@ -78,12 +82,56 @@ def test_batch_finishes_its_queue_and_skips_what_is_done(queue, tmp_path, capsys
     assert capsys.readouterr().out.split()[-2:] == ["t/linear/1", "t/softmax/1"]
 
 
+def test_every_gpu_has_processes_that_see_it_alone_and_share_the_queue(queue, tmp_path, monkeypatch):
+    started, ran = [], []
+
+    class Recorded(Worker):
+        def __init__(self, threads, environment):
+            self.gpu = environment["CUDA_VISIBLE_DEVICES"]
+            started.append(self.gpu)
+            super().__init__(threads, environment)
+
+        def run(self, request):
+            ran.append((self.gpu, request["row"], request["seed"]))
+            return super().run(request)
+
+    monkeypatch.setattr(gpu_batch, "Worker", Recorded)
+    assert batch_of(tmp_path, 600, jobs=1, gpus=("0", "GPU-1"), time_tables=[f"{tmp_path}/t.toml:linear"]).run(
+        read_queue(queue)
+    ) == (4, 0)
+    assert set(started) <= {"0", "GPU-1"}
+    assert sorted(job[1:] for job in ran) == [("linear", 0), ("linear", 1), ("softmax", 0), ("softmax", 1)]
+    assert ran[0] == ("GPU-1", "softmax", 0)  # while steps are timed on the first
+    assert set(json.loads((tmp_path / "res/t/speed.json").read_text())["milliseconds"]) == {"linear"}
+
+
+def test_a_process_goes_on_with_what_it_has_compiled(queue, tmp_path):
+    batch = batch_of(tmp_path, 600)
+    batch.waiting = jobs = read_queue(queue)
+    assert str(batch._next(None)) == "t/softmax/0"
+    assert str(batch._next(jobs[1])) == "t/linear/0"
+    batch.running = [jobs[0]]
+    assert str(batch._next(None)) == "t/linear/0"  # another process compiles softmax
+    batch.running = jobs[:2]
+    assert str(batch._next(None)) == "t/softmax/0"  # better twice than idle
+
+
+def test_visible_gpus_are_those_named(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-7")
+    assert gpu_batch.visible_gpus() == ["2", "GPU-7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_batch.visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert len(gpu_batch.visible_gpus()) == torch.cuda.device_count()
+
+
 def test_bundle_brings_results_back(tmp_path):
-    for name in ("t/a/seed-0.json", "u/b/seed-3.json"):
-        (tmp_path / "one" / name).parent.mkdir(parents=True)
+    for name in ("t/a/seed-0.json", "u/b/seed-3.json", "u/speed.json"):
+        (tmp_path / "one" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "one" / name).write_text(name)
-    assert bundle(tmp_path / "one", tmp_path / "b.tar.gz") == 2
-    assert unbundle(tmp_path / "b.tar.gz", tmp_path / "two") == 2
+    assert bundle(tmp_path / "one", tmp_path / "b.tar.gz") == 3
+    assert unbundle(tmp_path / "b.tar.gz", tmp_path / "two") == 3
+    assert (tmp_path / "two/u/speed.json").read_text() == "u/speed.json"
     assert (tmp_path / "two/u/b/seed-3.json").read_text() == "u/b/seed-3.json"
     with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "one/t/a/seed-0.json", arcname="../t/seed-0.json")
