@@ -3,9 +3,9 @@
 The queue, ``configs/queue.toml``, lists configuration files with rows and seeds, the most valuable first. Runs whose
 result exists are skipped, so that a later call goes on where the last one ended. Every GPU in ``CUDA_VISIBLE_DEVICES``
 takes part and has ``--jobs`` processes, so that one compiles while another trains; a process goes on with the
-method it has compiled as long as there are seeds or settings of it. With ``--time TABLE.toml:ROW:ROW`` the first GPU times
-training steps before anything else runs on it. With ``--bundle`` all results go into one file, which ``--unbundle`` puts back
-where they belong, for machines that keep nothing.
+method it has compiled as long as there are seeds or settings of it. With ``--time TABLE.toml:ROW:ROW`` the first GPU
+times training steps before anything else runs on it. With ``--bundle`` all results go into one file, which
+``--unbundle`` puts back where they belong, for machines that keep nothing.
 """
 
 from __future__ import annotations
