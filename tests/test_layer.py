@@ -592,6 +592,24 @@ def test_rotation_keeps_its_digits_far_out():
     assert_within_budget(rotate(x, far, 1e4), rotate(x.double(), far, 1e4), torch.float32)
 
 
+def test_compiled_rotation_equals_the_plain_one():
+    """The compiler calls the angles, which it must not work out for each element; many positions and both dtypes."""
+    explained = []
+
+    def count(graph, inputs):
+        explained.append(sum("rotary_cosines" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    position = torch.tensor([[0, 1, 5, 2**24 + 3]])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = tokens(2, 4, dtype=dtype)[:, :, None, :8]
+        torch._dynamo.reset()
+        turned = torch.compile(rotate, backend=count, fullgraph=True)(x, position, 1e4)
+        assert torch.equal(turned, rotate(x, position, 1e4))
+    assert explained == [1, 1, 1]
+    torch.library.opcheck(torch.ops.race_attention.rotary_cosines.default, (position, 4, 1e4, False))
+
+
 def test_rotary_positions_go_on_with_the_state():
     layer, x = make("rotary"), tokens()
     _, state = layer(x, return_state=True)

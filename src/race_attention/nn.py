@@ -19,7 +19,7 @@ from .decay import check_decay, multiscale_log_decay
 from .features import sample_hyperplanes
 from .layer_checks import check_inputs
 from .layer_state import RaceAttentionState
-from .rotary import positions, rotate
+from .rotary import cosines, positions, turn
 
 _MIN_BETA = 1e-4
 
@@ -253,8 +253,11 @@ class RaceAttention(nn.Module):
         value = value.unflatten(-1, (self.num_kv_heads, self.value_dim))
         if self.rope is not None:
             position = positions(key, valid, cu_seqlens, None if state is None else state.position)
-            key = rotate(key, position, self.rope)
-            query = rotate(query, position if context is None else positions(query, None, None, None), self.rope)
+            angles = cosines(position, self.head_dim // 2, self.rope, key.dtype)
+            key = turn(key, *angles)
+            if context is not None:
+                angles = cosines(positions(query, None, None, None), self.head_dim // 2, self.rope, query.dtype)
+            query = turn(query, *angles)
         result = race_attention(
             query,
             key,
