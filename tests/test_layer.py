@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict] = {
     "one-tap": {"num_heads": 2, "conv_size": 1},
     "gate": {"num_heads": 2, "norm_gate": True},
     "rotary": {"num_heads": 2, "rope": 100.0},
+    "bucket": {"num_heads": 2, "tables": 3, "planes": 2, "readout": "bucket"},
     "decay": {"num_heads": 2, "decay": 0.8, "causal": True},
     "multiscale": {"num_heads": 4, "head_dim": 4, "decay": "multiscale", "causal": True},
     "learned": {"num_heads": 4, "head_dim": 4, "decay": "learned", "causal": True},
@@ -93,8 +94,9 @@ def written_out(layer: RaceAttention, x: torch.Tensor, context: torch.Tensor | N
     elif layer.decay is not None:
         log_decay = layer.fixed_log_decay
     out = oracle(
-        q, k, v, layer.hyperplanes, layer.log_beta.exp(), causal=layer.causal, scale=layer.scale, log_decay=log_decay
-    )
+        q, k, v, layer.hyperplanes, layer.log_beta.exp(), causal=layer.causal, scale=layer.scale, log_decay=log_decay,
+        readout=layer.readout,
+    )  # fmt: skip
     if layer.norm_gate:
         gate = F.silu(layer.gate_proj(x)).unflatten(-1, out.shape[-2:])
         out = layer.norm.weight * out / (out.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gate
@@ -673,6 +675,8 @@ def test_repr_shows_the_settings():
                  "conv_size=3", "decay='per_token'", "dropout=0.1", "rope=50.0", "learn_hyperplanes=True"):  # fmt: skip
         assert part in text
     assert "conv_size" not in repr(make("plain"))
+    assert "readout" not in repr(make("plain"))
+    assert "readout='bucket'" in repr(make("bucket"))
 
 
 # -------------------------------------------------------------------------------------------------- errors
@@ -693,6 +697,7 @@ def test_repr_shows_the_settings():
         ({"beta": 0.0}, ValueError, r"beta: got 0.0, allowed is in \(0, 10000\]"),
         ({"beta": float("nan")}, ValueError, r"beta: got nan, allowed is in \(0, 10000\]"),
         ({"beta": "2"}, TypeError, r"beta: got '2', allowed is a number"),
+        ({"readout": "mean"}, ValueError, r"readout: got 'mean', allowed are 'global', 'bucket'"),
         ({"scale": -1.0}, ValueError, r"scale: got -1.0, allowed is finite and positive"),
         ({"conv_size": -1}, ValueError, r"conv_size: got -1, allowed is 0 or more"),
         ({"conv_size": 1.5}, TypeError, r"conv_size: got 1.5, allowed is an integer"),

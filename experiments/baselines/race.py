@@ -46,6 +46,6 @@ class RaceMixer(RaceAttention):
                 cu_seqlens_key=None,
                 initial_state=None,
                 return_state=False,
-                readout="global",
+                readout=self.readout,
             )
         )

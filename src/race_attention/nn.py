@@ -58,6 +58,8 @@ class RaceAttention(nn.Module):
         dropout: probability with which a key is left out in training, mass and value together, per batch row,
             key head and token: there is no weight matrix to drop from.
         rope: base of rotary positions (10_000.0 is usual) applied before hashing, or None. D must be even.
+        readout: "global", the paper's: one mean over all buckets. "bucket": the mean of each bucket, averaged, as the
+            paper's released code has it; for comparison and for models trained so, served by the reference backend.
         seed: of the hyperplanes.
         device, dtype: of the parameters.
 
@@ -92,6 +94,7 @@ class RaceAttention(nn.Module):
         bias: bool = False,
         dropout: float = 0.0,
         rope: float | None = None,
+        readout: str = "global",
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -116,7 +119,9 @@ class RaceAttention(nn.Module):
         self.rope = None if rope is None else number("rope", rope, 0.0, math.inf, "()")
         if rope is not None and self.head_dim % 2:
             raise ValueError(f"rope: got {rope} with head_dim = {self.head_dim}, allowed is an even head_dim")
-        self.seed = seed
+        if readout not in ("global", "bucket"):
+            raise ValueError(f"readout: got {readout!r}, allowed are 'global', 'bucket'")
+        self.readout, self.seed = readout, seed
         self._make_parameters(bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
@@ -271,6 +276,7 @@ class RaceAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             initial_state=None if state is None else state.core,
             return_state=return_state,
+            readout=self.readout,
         )
         out, core = result if isinstance(result, tuple) else (result, None)
         if self.norm_gate:
@@ -390,6 +396,7 @@ class RaceAttention(nn.Module):
             "rope": self.rope,
             "learn_hyperplanes": self.learn_hyperplanes,
             "orthogonal": self.orthogonal,
+            "readout": self.readout != "global" and self.readout,
         }
         shown |= {name: value for name, value in optional.items() if value}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
