@@ -7,6 +7,7 @@ tokens. A node below the deepest level is an operator with probability 1/4, othe
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class ListOps(SplitTask):
         return SequenceClassifier(fitted, HeadConfig(10, self.options.pool), seed=seed)
 
 
+@functools.lru_cache(maxsize=3)  # a process that runs one method after another makes them once
 def generate(part: str, count: int, options: ListOpsOptions) -> Split:
     """``count`` different expressions of a split, as padded rows, and their values."""
     draw = random.Random(f"listops {part}")
