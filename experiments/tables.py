@@ -34,6 +34,7 @@ class Row:
         scores: one a seed that did not fail.
         validation: the scores of the same seeds on the validation set; empty where ``scores`` are those.
         parameters: of the model.
+        steps: of training.
         chosen: the setting that the scores are of; "" without a search.
         tried: (setting, validation score with seed 0 or None where it failed, those of all its seeds).
         milliseconds: of a training step on a machine of its own, where ``speed.json`` has it.
@@ -52,6 +53,7 @@ class Row:
     scores: tuple[float, ...] = ()
     validation: tuple[float, ...] = ()
     parameters: int = 0
+    steps: int = 0
     chosen: str = ""
     tried: tuple[tuple[str, float | None, tuple[float, ...]], ...] = ()
     milliseconds: float | None = None
@@ -140,6 +142,7 @@ def _row(
         scores=tuple(result["best"][split] for result in good),
         validation=tuple(result["best"]["valid"] for result in good) if split == "test" else (),
         parameters=results[0]["parameters"],
+        steps=results[0].get("steps", 0),
         chosen=chosen,
         tried=tuple(sorted(tried, key=lambda one: _number(one[0]))),
         milliseconds=milliseconds,
@@ -197,11 +200,13 @@ def markdown(rows: Sequence[Row], title: str) -> str:
         validation=any(row.validation for row in rows),
         search=any(row.chosen for row in rows),
         speed=any(row.milliseconds is not None for row in rows),
+        steps=len({row.steps for row in run}) > 1,
     )
     unit = _unit(run[0]) if run else "score"
     heads = ["method", unit, *(["validation"] if shape.validation else []), *(["paper"] if shape.paper else [])]
     heads += ["seeds", "parameters", *(["tried, validation"] if shape.search else [])]
-    heads += [*(["ms / step"] if shape.speed else []), "s / run", "memory, GB"]
+    heads += [*(["steps"] if shape.steps else []), *(["ms / step"] if shape.speed else [])]
+    heads += [*(["s alone"] if shape.steps and shape.speed else []), "s / run", "memory, GB"]
     lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     lines += ["| " + " | ".join(_cells(row, shape)) + " |" for row in rows]
     devices = sorted({d for r in run for d in r.devices})
@@ -224,20 +229,26 @@ class _Columns:
     validation: bool
     search: bool
     speed: bool
+    steps: bool
 
 
 def _cells(row: Row, shape: _Columns) -> list[str]:
     cells = [row.name, score(row), *([spread(row.validation, row.metric)] if shape.validation else [])]
     cells += [("" if row.paper is None else f"{row.paper:g}")] if shape.paper else []
     if row.missing is not None:
-        return cells + [""] * (4 + shape.search + shape.speed)
+        return cells + [""] * (4 + shape.search + shape.speed + shape.steps + (shape.steps and shape.speed))
     cells += [str(len(row.scores)), f"{row.parameters:,}", *([_tried(row)] if shape.search else [])]
-    if shape.speed:
-        cells.append("" if row.milliseconds is None else f"{row.milliseconds:.1f}")
+    known = row.milliseconds is not None
+    cells += [f"{row.steps:,}"] if shape.steps else []
+    cells += [f"{row.milliseconds:.1f}" if known else ""] if shape.speed else []
+    if shape.steps and shape.speed:  # what training takes without evaluation, nothing else on the device
+        cells.append(f"{row.steps * (row.milliseconds or 0.0) / 1e3:.1f}" if known else "")
     return [*cells, f"{row.seconds:.1f}", f"{row.memory_gb:.2f}"]
 
 
 def _tried(row: Row) -> str:
+    if not row.chosen:
+        return ""
     parts = []
     for setting, first, scores in row.tried:
         text = f"{setting} {'failed' if first is None else shown(first, row.metric)}"
@@ -245,35 +256,6 @@ def _tried(row: Row) -> str:
             text += f" ({len(scores)} seeds: {shown(statistics.fmean(scores), row.metric)})"
         parts.append(f"**{text}**" if setting == row.chosen else text)
     return ", ".join(parts)
-
-
-def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Score against the time of a step, measured alone where known, else of a run: a point a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "race"  # the same picture from the same results
-    from matplotlib import pyplot
-
-    timed = any(row.milliseconds is not None for row in rows)
-    figure, axis = pyplot.subplots(figsize=(8, 5.5), constrained_layout=True)
-    points = [row for row in rows if row.mean is not None and (row.milliseconds is not None or not timed)]
-    scale = 100 if points and points[0].metric == "accuracy" else 1
-    for row in points:
-        assert row.mean is not None
-        x = row.milliseconds if row.milliseconds is not None else row.seconds
-        spread = statistics.stdev(row.scores) * scale if len(row.scores) > 1 else 0.0
-        axis.errorbar(x, row.mean * scale, yerr=spread, fmt="o", capsize=2)
-        axis.annotate(row.name, (x, row.mean * scale), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    if points:
-        axis.set(
-            title=title,
-            xlabel="ms a step, alone on the device" if timed else "seconds a run, on a shared device",
-            ylabel=f"{points[0].split} accuracy, %" if scale == 100 else f"{points[0].split}, bits a byte",
-        )
-        axis.margins(x=0.2)
-    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
 
 
 def planned_rows(config: Path) -> list[str]:
@@ -301,6 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = read_table(given.results / name, planned_rows(given.configs / f"{name}.toml"))
             print(markdown(rows, name))
             if given.plots:
+                from experiments.table_plot import plot
+
                 given.plots.mkdir(parents=True, exist_ok=True)
                 plot(rows, name, given.plots / f"{name}.{given.format}")
     except ConfigError as error:

@@ -21,8 +21,9 @@ from experiments.page import rendered
 from experiments.recall_plot import curves
 from experiments.recall_plot import main as recall_main
 from experiments.run import OutOfTime, Run, RunConfig, main, merge, read_rows
+from experiments.table_plot import plot
 from experiments.tables import main as tables_main
-from experiments.tables import markdown, plot, read_table
+from experiments.tables import markdown, read_table
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.base import IGNORED, Batch, accuracy
 from experiments.tasks.listops import END, TOKENS, ListOpsOptions, evaluate, generate
@@ -431,6 +432,12 @@ def test_tables_show_a_search_and_what_was_not_run(tmp_path):
     before = (tmp_path / "t.svg").read_bytes()
     plot(rows, "t", tmp_path / "t.svg")
     assert (tmp_path / "t.svg").read_bytes() == before
+    searched(tmp_path, "e", 0, 1.0, 1.0, steps=500)  # rows of different steps show them, and what they take alone
+    (tmp_path / "speed.json").write_text('{"milliseconds": {"e": 3.25}}')
+    text = markdown(read_table(tmp_path), "t")
+    assert "| steps | ms / step | s alone | s / run |" in text
+    assert "| e | 1.0000 | 1.0000 | 1 | 1,000 |  | 500 | 3.2 | 1.6 | 2.0 | 1.00 |" in text
+    assert {row.count("|") for row in text.splitlines() if row.startswith("|")} == {12}
     searched(tmp_path, "b", 0, 1.0, 1.0, data_sha256="x")
     searched(tmp_path, "d", 0, 1.0, 1.0, data_sha256="y")
     with pytest.raises(ConfigError, match="the same data"):
