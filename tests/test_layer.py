@@ -780,13 +780,13 @@ def test_preset_for_language_models_is_the_layer_with_its_options():
         decay="per_token",
         norm_gate=True,
         rope=10_000.0,
-        learn_hyperplanes=True,
     )
     same.load_state_dict(layer.state_dict())
     x = torch.randn(2, 9, 32)
     assert torch.equal(layer(x), same(x))
-    assert isinstance(layer.hyperplanes, nn.Parameter)
     assert layer.hyperplanes.shape[0] == 4
+    learned = RaceAttention.for_language_models(32, 4, learn_hyperplanes=True)
+    assert isinstance(learned.hyperplanes, nn.Parameter)
     assert RaceAttention.for_language_models(32, 4, conv_size=0, decay=None).decay is None
     assert RaceAttention.for_language_models(20, 4, rope=None).rope is None
     with pytest.raises(ValueError, match=r"rope: got 10000\.0 with head_dim = 5, allowed is an even head_dim"):
