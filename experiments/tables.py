@@ -275,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--configs", type=Path, default=Path("experiments/configs"), help="whose rows are shown")
     parser.add_argument("--plots", type=Path, help="folder for a plot of each table, score against time")
     parser.add_argument("--format", default="png", help="of the plots: png, svg...")
+    parser.add_argument("--prefix", default="", help="of the plots' names")
     given = parser.parse_args(arguments)
     names = given.table or sorted({path.parents[1].name for path in given.results.glob("*/*/seed-*.json")})
     try:
@@ -286,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 from experiments.table_plot import plot
 
                 given.plots.mkdir(parents=True, exist_ok=True)
-                plot(rows, name, given.plots / f"{name}.{given.format}")
+                plot(rows, name, given.plots / f"{given.prefix}{name}.{given.format}")
     except ConfigError as error:
         parser.exit(2, f"error: {error}\n")
 
