@@ -47,7 +47,7 @@ def test_a_layout_met_before_gives_the_same(case: str) -> None:
         found = evaluate(whole, inputs[turn], backend="triton")
         for name, value in right[turn].items():
             assert torch.equal(found[name], value), name
-    assert len(_replays()) == 2  # forward and backward
+    assert len(_replays()) == 3  # forward; backward of what it kept apart, and in one piece
 
 
 def _qkv(tokens: int = 20) -> torch.Tensor:

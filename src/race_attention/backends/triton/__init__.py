@@ -9,7 +9,9 @@
     plan.py, configs.py          runs of tokens, configurations
     launch.py, launch_*.py       host code of the launches: shared, then by what they launch
     passes.py, ops.py            the forward and the backward pass, torch operators
-    direct.py, replay.py         around the operators' dispatch; a pass again without its host code
+    direct.py                    around the operators' dispatch
+    replay.py, recording.py      a pass again without its host code, and how it is written down
+    batch.py, csrc/              all kernels of a recorded pass started by one call
     autotune.py  times configurations and writes the user's own table
 
 Importing this module imports neither Triton nor a kernel.

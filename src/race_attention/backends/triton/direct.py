@@ -16,13 +16,15 @@ from race_attention.backends.call import Call
 
 from . import passes
 from .ops import triton_backward
-from .replay import repeated
+from .replay import Bundle, repeated
 
 #: What Dynamo does with each frame that runs, or None.
 _frames_seen = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
 Results = tuple[Tensor | None, ...]
 #: Among the tensors that passes.backward takes: log_decay, and the first that the forward pass kept besides out.
 _DECAY, _KEPT = 8, 15
+#: The first of the forward pass's results that the backward pass alone reads.
+_OF_FORWARD = 3
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -77,7 +79,10 @@ def _forward(*arguments: Any) -> Results:
 
 def _backward(*arguments: Any) -> Results:
     """What passes.backward returns; None for the gradients of what was not given."""
-    *inputs, initial, causal, need_planes = arguments
+    *inputs, initial, causal, need_planes, layout = arguments
+    if layout is not None:
+        *inputs, memory = inputs
+        inputs += layout.tensors(memory)
     return _gradients(passes.backward, inputs, initial, causal, need_planes)
 
 
@@ -95,13 +100,17 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, ctx.causal, state = arguments
-        kept: list[Any]
-        out, mass, value_sum, *kept = repeated(_forward, inputs, (ctx.causal, state, True))
+        out, mass, value_sum, *kept = repeated(_forward, inputs, (ctx.causal, state, True), kept=_OF_FORWARD)
         *tensors, initial, initial_sums = inputs
         final = (None, None) if inputs[5] is None else (mass, value_sum)
-        inverses, features = kept[1:3]
-        read = out if inverses is not None and features is None else None
-        ctx.save_for_backward(*tensors, *final, read, *kept)
+        # Of what it keeps, the backward pass reads out in the place of buckets, where only 1 / denominators are kept.
+        ctx.layout = None
+        if type(kept[0]) is Bundle:
+            ctx.layout = kept[0].layout
+            reads_out, kept = ctx.layout.places[1] is not None and ctx.layout.places[2] is None, [kept[0].memory]
+        else:
+            reads_out = kept[1] is not None and kept[2] is None
+        ctx.save_for_backward(*tensors, *final, out if reads_out else None, *kept)
         ctx.initial = None if initial is None else (initial.dtype, initial_sums.dtype)
         ctx.set_materialize_grads(False)
         return (out, mass, value_sum) if state else out
@@ -115,9 +124,11 @@ class _Function(torch.autograd.Function):
         inputs = (grad_out, grad_mass, grad_value_sum, *saved)
         flags = ctx.initial is not None, ctx.causal, ctx.needs_input_grad[3]
         if torch.is_grad_enabled() or not _unwatched(inputs):
+            if ctx.layout is not None:
+                inputs = (*inputs[:-1], *ctx.layout.tensors(inputs[-1]))
             results: Sequence[Any] = _gradients(triton_backward, inputs, *flags)
         else:
-            results = repeated(_backward, inputs, flags)
+            results = repeated(_backward, inputs, (*flags, ctx.layout), at_once=ctx.layout is not None)
         dq, dk, dv, planes, beta, decay, mass, value_sum = results
         if ctx.initial is not None:
             mass, value_sum = mass.to(ctx.initial[0]), value_sum.to(ctx.initial[1])

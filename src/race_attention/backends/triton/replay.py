@@ -2,317 +2,237 @@
 
 The host code of a pass (:mod:`.passes`) depends on its tensors' shapes, strides, dtypes and alignment alone, never on
 their values, and takes some 0.4 ms in Python, longer than the kernels of a short call. So the second time a layout
-is met, what the pass does is written down: allocations, launches, and the few operators of torch. From then on the
-same is done with other addresses: one allocation for all scratch memory, one for each result, and the launches.
+is met, what the pass does is written down (:mod:`.recording`). From then on the same is done with other addresses: one
+allocation for all scratch memory, one for what the backward pass reads, one for each result, and one call that starts
+all kernels (:mod:`.batch`).
 """
 
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import start
+from . import batch
+from .launch import on
+from .recording import Buffer, CannotRepeat, Launch, Operator, Place, Recorder, Zeros
 
 #: Layouts that are kept. One more, and all are forgotten: a call that never meets a layout twice records nothing.
 LAYOUTS = 1024
 #: Scratch memory of all of a pass at once is at most this part of the device's.
 SHARE = 32
-#: Where a piece of scratch memory begins: a multiple of this many bytes, as torch's own allocations do.
+#: Where a piece of memory begins: a multiple of this many bytes, as torch's own allocations do.
 ALIGNMENT = 512
-_ALLOCATIONS = frozenset(
-    (
-        torch.ops.aten.empty.memory_format,
-        torch.ops.aten.empty_like.default,
-        torch.ops.aten.empty_strided.default,
-        torch.ops.aten.new_empty.default,
-        torch.ops.aten.new_empty_strided.default,
-    )
-)
-Work = Callable[..., tuple[Any, ...]]
+Work = Callable[..., Sequence[Any]]
 
 
-class _CannotRepeat(Exception):
-    """What happened depends on more than is written down."""
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How tensors lie in one piece of memory; a recording has one object of it."""
+
+    places: tuple[Place | None, ...]
+
+    def tensors(self, memory: Tensor) -> list[Tensor | None]:
+        return [None if place is None else _cut(memory, place) for place in self.places]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A tensor: where it lies in which buffer (negative: none, it has no elements), and how."""
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """What only the backward pass reads, in one piece of memory."""
 
-    buffer: int
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    memory: Tensor
+    layout: Layout
 
 
-@dataclass(eq=False)
-class _Buffer:
-    """Memory of its own: an input, an allocation, or the result of an operator.
-
-    ``tensor`` keeps it from being freed, and its address from being given again, while the recording goes on.
-    """
-
-    tensor: Tensor | None
-    address: int
-    bytes: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    alone: bool = False  # must be a tensor and not a piece of the scratch memory
+def _cut(memory: Tensor, place: Place) -> Tensor:
+    """The tensor at a place in a piece of bytes."""
+    last = sum((size - 1) * step for size, step in zip(place.size, place.stride, strict=True)) + 1
+    piece = memory[place.offset : place.offset + last * place.dtype.itemsize].view(place.dtype)
+    return piece.as_strided(place.size, place.stride)
 
 
-@dataclass
-class _Launch:
-    """``runner`` starts a kernel on its grid; an interpreted one takes tensors, a compiled one their addresses."""
+class _Memory:
+    """How buffers lie in one allocation."""
 
-    runner: Callable[..., object]
-    arguments: list[Any]
-    tensors: list[tuple[int, _Place]]
-    interpreted: bool = False
+    bytes = 0
 
-    def __post_init__(self) -> None:
-        self.slots = [(n, place.buffer, place.offset) for n, place in self.tensors]
-
-
-@dataclass
-class _Operator:
-    """One of torch's operators; ``made`` is the buffer of its result, where that is new memory."""
-
-    function: Any
-    arguments: tuple[Any, dict[str, Any]]
-    made: int | None = None
-
-
-@dataclass
-class _Allocation:
-    buffer: int
-
-
-def _bytes_of(x: Tensor) -> int:
-    """From the first element of x to its last."""
-    if not x.numel():
-        return 0
-    apart = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-    return (apart + 1) * x.element_size()
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down what goes on while it is entered, as the calling thread does it."""
-
-    def __init__(self, inputs: Sequence[Tensor | None], limit: int) -> None:
-        super().__init__()
-        self.buffers = [_Recorded(x) for x in inputs]
-        self.inputs = len(inputs)
-        self.steps: list[_Launch | _Operator | _Allocation] = []
-        self.room = limit
-        self.failed: str | None = None
-
-    def __enter__(self) -> Recorder:
-        self.before, start.recording.launched = start.recording.launched, self.launched
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        start.recording.launched = self.before
-        super().__exit__(*error)
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if self.failed is None:
-            try:
-                self._operator(function, args, kwargs or {}, result)
-            except _CannotRepeat as error:
-                self._give_up(str(error))
-        return result
-
-    def launched(
-        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], found: Any
-    ) -> None:
-        """A kernel was started; ``found`` is it compiled, with its compile-time arguments, or None."""
-        if self.failed is not None:
-            return
-        try:
-            tensors = [(n, self._place(x)) for n, x in enumerate(args) if isinstance(x, Tensor)]
-        except _CannotRepeat as error:
-            self._give_up(str(error))
-            return
-        arguments = [None if isinstance(x, Tensor) else x for x in args]
-        if found is None:
-            call = functools.partial(kernel[grid], **options)
-            self.steps.append(_Launch(call, arguments, tensors, interpreted=True))
-        else:
-            compiled, constants = found
-            runner = compiled[grid + (1,) * (3 - len(grid))]
-            self.steps.append(_Launch(runner, [*arguments, *constants], tensors))
-
-    def finished(self, results: Sequence[Tensor | None]) -> Replay | None:
-        """What was recorded, with the places of the results; None where it cannot be done again."""
-        if self.failed is None:
-            try:
-                places = [None if x is None else self._place(x) for x in results]
-                return Replay(self.buffers, self.inputs, self.steps, places)
-            except _CannotRepeat:
-                pass
-            finally:
-                self._give_up("over")
-        return None
-
-    def _give_up(self, why: str) -> None:
-        self.failed = why
-        for buffer in self.buffers:
-            buffer.tensor = None
-
-    def _operator(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if function in _ALLOCATIONS:
-            self._new(result)
-            self.steps.append(_Allocation(len(self.buffers) - 1))
-        elif not function.is_view:
-            if not isinstance(result, Tensor):
-                raise _CannotRepeat(f"{function} has no one result")
-            arguments = tree_map(self._argument, (args, kwargs))
-            made = None
-            if result.numel() and self._buffer_at(result.data_ptr()) is None:
-                self._new(result)
-                made = len(self.buffers) - 1
-            self.steps.append(_Operator(function, arguments, made))
-
-    def _new(self, x: Tensor) -> None:
-        self.buffers.append(_Recorded(x))
-        self.room -= self.buffers[-1].bytes
-        if self.room < 0:
-            raise _CannotRepeat("too much memory at once")
-
-    def _argument(self, x: Any) -> Any:
-        return self._place(x) if isinstance(x, Tensor) else x
-
-    def _place(self, x: Tensor) -> _Place:
-        how = tuple(x.shape), x.stride(), x.dtype
-        if not x.numel():
-            return _Place(-1, 0, *how)
-        address = x.data_ptr()
-        found = self._buffer_at(address)
-        if found is None:
-            raise _CannotRepeat("a tensor from elsewhere")
-        return _Place(found, address - self.buffers[found].address, *how)
-
-    def _buffer_at(self, address: int) -> int | None:
-        """The buffer that an address lies in; of inputs the one that begins there, or the only one."""
-        within = [n for n, x in enumerate(self.buffers) if x.address <= address < x.address + x.bytes]
-        beginning = [n for n in within if self.buffers[n].address == address]
-        if beginning:
-            return beginning[0]
-        if len(within) > 1:
-            raise _CannotRepeat("a part of inputs that share memory")
-        return within[0] if within else None
-
-
-def _Recorded(x: Tensor | None) -> _Buffer:
-    if x is None:
-        return _Buffer(None, 0, 0, (), (), torch.float32)
-    return _Buffer(x, x.data_ptr(), _bytes_of(x), tuple(x.shape), x.stride(), x.dtype)
+    def add(self, buffer: Buffer) -> int:
+        """The offset of the next buffer."""
+        offset = self.bytes
+        self.bytes += -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
+        return offset
 
 
 class Replay:
-    """A pass of one layout, to be done again."""
+    """A pass of one layout, to be done again.
 
-    def __init__(self, buffers: list[_Buffer], inputs: int, steps: list[Any], results: list[_Place | None]) -> None:
-        self.inputs, self.results = inputs, results
-        self._check(buffers, steps, results)
-        for place in self._held_by_tensors(steps, results):
-            if place.buffer >= 0:
-                buffers[place.buffer].alone = True
-        # Scratch memory, as offsets into one allocation; the rest is allocated where it was.
-        self.pieces: list[tuple[int, int]] = []
-        self.scratch = 0
-        self.steps: list[Any] = []
-        self.made = len(buffers) - inputs
-        for step in steps:
-            if not isinstance(step, _Allocation):
-                self.steps.append(step)
-                continue
-            buffer = buffers[step.buffer]
-            if not buffer.bytes:
-                continue
-            if buffer.alone:
-                self.steps.append((step.buffer, buffer.size, buffer.stride, buffer.dtype))
+    Memory is numbered: the inputs, then what is allocated (the scratch memory, what is bundled, each result), then the
+    results of operators. All is allocated before the first step.
+    """
+
+    def __init__(self, recorder: Recorder, inputs: int, results: list[Place | None], kept: int | None) -> None:
+        self.inputs = inputs
+        own = {place.buffer for place in results[:kept] if place is not None}
+        moved = {place.buffer for place in results[len(results) if kept is None else kept :] if place is not None}
+        if kept is not None and (not moved <= set(recorder.allocated) or moved & own):
+            kept, own, moved = None, own | moved, set()
+        self._number(recorder, own, moved)
+        steps = [self._renumbered(step) for step in recorder.steps]
+        places = [place and self._moved(place) for place in results]
+        self.results, self.bundle = places[:kept], None if kept is None else Layout(tuple(places[kept:]))
+        self._check(steps, places[:kept])
+        functions = batch.driver() if any(isinstance(x, Launch) and x.compiled for x in steps) else None
+        self.steps = _batched(steps, functions)
+        self.pack = struct.Struct(f"={self.count}q").pack
+
+    def _number(self, recorder: Recorder, own: set[int], moved: set[int]) -> None:
+        """Where each buffer lies: the number of its memory, and how far from the beginning."""
+        buffers = recorder.buffers
+        self.at = {n: (n, 0) for n in range(self.inputs)}
+        self.how = [(buffer.size, buffer.stride, buffer.dtype) for buffer in buffers[: self.inputs]]
+        scratch, bundle = _Memory(), _Memory()
+        of_scratch, of_bundle = self.inputs, self.inputs + 1
+        self.allocations: list[tuple[Any, ...]] = []
+        for n in recorder.allocated:
+            if n in moved:
+                self.at[n] = of_bundle, bundle.add(buffers[n])
+            elif n in own:
+                self.at[n] = self.inputs + 2 + len(self.allocations), 0
+                self.allocations.append((buffers[n].size, buffers[n].stride, buffers[n].dtype))
             else:
-                self.pieces.append((step.buffer, self.scratch))
-                self.scratch += -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
-        self.whole = [(buffer.size, buffer.stride, buffer.dtype) for buffer in buffers]
+                self.at[n] = of_scratch, scratch.add(buffers[n])
+        pieces = [((memory.bytes,), (1,), torch.uint8) for memory in (scratch, bundle)]
+        self.allocations = [*pieces, *self.allocations]
+        self.how += self.allocations
+        for n in range(self.inputs, len(buffers)):
+            if n not in self.at:  # the result of an operator
+                self.at[n] = len(self.how), 0
+                self.how.append((buffers[n].size, buffers[n].stride, buffers[n].dtype))
+        self.count = len(self.how)
 
-    @staticmethod
-    def _held_by_tensors(steps: list[Any], results: list[_Place | None]) -> list[_Place]:
+    def _moved(self, place: Place) -> Place:
+        if place.buffer < 0:
+            return place
+        memory, offset = self.at[place.buffer]
+        return replace(place, buffer=memory, offset=offset + place.offset)
+
+    def _renumbered(self, step: Any) -> Any:
+        if isinstance(step, Launch):
+            return replace(step, tensors=[(n, self._moved(place)) for n, place in step.tensors])
+        if isinstance(step, Zeros):
+            return replace(step, place=self._moved(step.place))
+        arguments = tree_map(lambda x: self._moved(x) if isinstance(x, Place) else x, step.arguments)
+        return Operator(step.function, arguments, None if step.made is None else self.at[step.made][0])
+
+    def _check(self, steps: list[Any], results: list[Place | None]) -> None:
         held = [place for place in results if place is not None]
         for step in steps:
-            if isinstance(step, _Operator):
-                held += [x for x in tree_leaves(step.arguments) if isinstance(x, _Place)]
-            elif isinstance(step, _Launch) and step.interpreted:
+            if isinstance(step, Operator):
+                held += [x for x in tree_leaves(step.arguments) if isinstance(x, Place)]
+            elif isinstance(step, Launch) and step.compiled is None:
                 held += [place for _, place in step.tensors]
-        return held
+        for place in held:
+            if place.buffer >= 0 and self.how[place.buffer][2] not in (place.dtype, torch.uint8):
+                raise CannotRepeat("memory read as of another dtype")
 
-    @staticmethod
-    def _check(buffers: list[_Buffer], steps: list[Any], results: list[_Place | None]) -> None:
-        for place in Replay._held_by_tensors(steps, results):
-            if place.buffer >= 0 and place.dtype != buffers[place.buffer].dtype:
-                raise _CannotRepeat("memory read as of another dtype")
-
-    def __call__(self, tensors: Sequence[Tensor | None], addresses: list[int]) -> tuple[Tensor | None, ...]:
+    def __call__(self, tensors: Sequence[Tensor | None], addresses: list[int]) -> tuple[Any, ...]:
         query = tensors[0]
         assert query is not None
         device = query.device
-        held = [*tensors, *[None] * self.made]
-        at = [*addresses, *[0] * self.made, 0]  # the last is the address of what has no elements
-        if self.scratch:
-            scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
-            base = scratch.data_ptr()
-            for n, offset in self.pieces:
-                at[n] = base + offset
-        stream = None if device.type == "cpu" else triton.runtime.driver.active.get_current_stream(device.index)
+        made = [
+            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.allocations
+        ]
+        at = [*addresses, *[x.data_ptr() for x in made]]
+        held = [*tensors, *made]
+        if len(at) < self.count:
+            more = self.count - len(at)
+            at += [0] * more
+            held += [None] * more
+        if device.type == "cpu":
+            self._run(held, at, device, None)
+        else:
+            with on(device):
+                stream = triton.runtime.driver.active.get_current_stream(device.index)
+                self._run(held, at, device, stream)
+        results = [None if place is None else self._tensor(held, place, device) for place in self.results]
+        return (*results, Bundle(made[1], self.bundle)) if self.bundle is not None else tuple(results)
+
+    def _run(self, held: list[Tensor | None], at: list[int], device: torch.device, stream: Any) -> None:
         for step in self.steps:
             kind = type(step)
-            if kind is _Launch:
-                arguments = step.arguments.copy()
-                if step.interpreted:
-                    for n, place in step.tensors:
-                        arguments[n] = self._tensor(held, place, device)
-                    step.runner(*arguments)
-                else:
-                    for n, buffer, offset in step.slots:
-                        arguments[n] = at[buffer] + offset
-                    step.runner(*arguments, stream=stream)
-            elif kind is tuple:
-                n, size, stride, dtype = step
-                held[n] = made = torch.empty_strided(size, stride, dtype=dtype, device=device)
-                at[n] = made.data_ptr()
+            if kind is bytes:
+                batch.run(step, self.pack(*at), stream)
+            elif kind is Launch:
+                self._launch(step, held, at, device, stream)
+            elif kind is Zeros:
+                self._tensor(held, step.place, device).zero_()
             else:
                 args, kwargs = tree_map(lambda x: self._argument(held, x, device), step.arguments)
                 result = step.function(*args, **kwargs)
                 if step.made is not None:
                     held[step.made], at[step.made] = result, result.data_ptr()
-        return tuple([None if place is None else self._tensor(held, place, device) for place in self.results])
+
+    def _launch(
+        self, step: Launch, held: list[Tensor | None], at: list[int], device: torch.device, stream: Any
+    ) -> None:
+        arguments = step.arguments.copy()
+        if step.compiled is None:
+            for n, place in step.tensors:
+                arguments[n] = self._tensor(held, place, device)
+            step.kernel[step.grid](*arguments, **step.options)
+            return
+        for n, place in step.tensors:
+            arguments[n] = at[place.buffer] + place.offset if place.buffer >= 0 else 0
+        step.compiled[step.grid + (1,) * (3 - len(step.grid))](*arguments, stream=stream)
 
     def _argument(self, held: list[Tensor | None], x: Any, device: torch.device) -> Any:
-        return self._tensor(held, x, device) if isinstance(x, _Place) else x
+        return self._tensor(held, x, device) if isinstance(x, Place) else x
 
-    def _tensor(self, held: list[Tensor | None], place: _Place, device: torch.device) -> Tensor:
+    def _tensor(self, held: list[Tensor | None], place: Place, device: torch.device) -> Tensor:
         if place.buffer < 0:
             return torch.empty(place.size, dtype=place.dtype, device=device)
         x = held[place.buffer]
         assert x is not None
-        if not place.offset and self.whole[place.buffer][:2] == (place.size, place.stride):
+        if self.how[place.buffer] == (place.size, place.stride, place.dtype) and not place.offset:
             return x
+        if x.dtype != place.dtype:
+            return _cut(x, place)
         return x.as_strided(place.size, place.stride, x.storage_offset() + place.offset // x.element_size())
+
+
+def _batched(steps: list[Any], functions: tuple[int, int] | None) -> list[Any]:
+    """Launches and zeros that follow each other as one program, where the driver's functions are at hand."""
+    if functions is None:
+        return steps
+    found: list[Any] = []
+    part: list[list[int]] = []
+
+    def flush() -> None:
+        if part:
+            found.append(batch.program(part, functions))
+            part.clear()
+
+    for step in steps:
+        made = None
+        if isinstance(step, Launch) and step.compiled is not None:
+            places = {n: (place.buffer, place.offset) if place.buffer >= 0 else (-1, 0) for n, place in step.tensors}
+            made = batch.kernel_step(step.compiled, step.grid, step.arguments, places)
+        elif isinstance(step, Zeros):
+            made = batch.zero_step((step.place.buffer, step.place.offset), step.bytes)
+        if made is None:
+            flush()
+            found.append(step)
+        else:
+            part.append(made)
+    flush()
+    return found
 
 
 _known: dict[tuple[Any, ...], Any] = {}
@@ -331,13 +251,17 @@ def _limit(device: torch.device) -> int:
     return 1 << 30
 
 
-def repeated(work: Work, tensors: Sequence[Tensor | None], flags: tuple[Any, ...]) -> tuple[Any, ...]:
+def repeated(
+    work: Work, tensors: Sequence[Tensor | None], flags: tuple[Any, ...], kept: int | None = None, at_once: bool = False
+) -> tuple[Any, ...]:
     """``work(*tensors, *flags)``: its host code the first two times a layout is met, and again without it.
 
     Args:
         work: allocates, launches and calls operators of torch, and reads no value of a tensor.
         tensors: the first one is; None where there is none. Nothing is written to them.
         flags: hashable.
+        kept: from this result on they may come as one :class:`Bundle`, and do once the layout is known.
+        at_once: writes it down the first time already.
 
     Returns:
         the tensors that ``work`` returns, or None in their place.
@@ -352,18 +276,29 @@ def repeated(work: Work, tensors: Sequence[Tensor | None], flags: tuple[Any, ...
     query = tensors[0]
     assert query is not None
     key = (work, flags, query.get_device(), same, *layout)
-    found = _known.get(key)
+    found = _known.get(key, 1 if at_once else None)
     if found is None:
         if len(_known) >= LAYOUTS:
             _known.clear()
         _known[key] = 1
-        return work(*tensors, *flags)
-    if found == 1:
+    elif found == 1:
         recorder = Recorder(tensors, _limit(query.device))
         with recorder:
-            results = work(*tensors, *flags)
-        _known[key] = recorder.finished(results) or 2
+            results = tuple(work(*tensors, *flags))
+        _known[key] = _finished(recorder, len(tensors), results, kept) or 2
         return results
-    if found == 2:
-        return work(*tensors, *flags)
-    return found(tensors, addresses)
+    elif found != 2:
+        return found(tensors, addresses)
+    return tuple(work(*tensors, *flags))
+
+
+def _finished(recorder: Recorder, inputs: int, results: Sequence[Tensor | None], kept: int | None) -> Replay | None:
+    """What was recorded; None where it cannot be done again."""
+    if recorder.failed is not None:
+        return None
+    try:
+        return Replay(recorder, inputs, [None if x is None else recorder.place(x) for x in results], kept)
+    except CannotRepeat:
+        return None
+    finally:
+        recorder.give_up("over")

@@ -26,7 +26,7 @@ _NUMBERS = frozenset((int, float))
 
 
 class _Recording(threading.local):
-    """Who writes launches down, in this thread: see replay.py."""
+    """Who writes launches down, in this thread: see recording.py."""
 
     launched: Callable[..., None] | None = None
 
