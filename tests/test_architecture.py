@@ -19,6 +19,7 @@ LAYERS = (
     ("layer_state", "backends.call"),
     ("backends.reference", "backends.cpu", "backends.triton"),
     ("backends",),
+    ("forms",),
     ("checks",),
     ("attention",),
     ("nn", "sdpa"),

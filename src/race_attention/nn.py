@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .arguments import number, size
 from .attention import race_attention
-from .checks import MAX_BETA, MAX_PLANES, check_scale
 from .convolution import causal as causal_convolution
 from .convolution import centred as centred_convolution
 from .decay import check_decay, multiscale_log_decay
 from .features import sample_hyperplanes
+from .forms import MAX_BETA, MAX_PLANES, check_scale
 from .layer_checks import check_inputs
 from .layer_state import RaceAttentionState
 from .rotary import cosines, positions, turn

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .arguments import number
 from .attention import race_attention
-from .checks import is_tensor, shape_of
+from .forms import is_tensor, shape_of
 
 
 def scaled_dot_product_race(
