@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +64,7 @@ def autotune(
     tokens: int = 1 << 18,
     heads: int = 4,
     candidates: tuple[Config, ...] = CANDIDATES,
+    workers: int | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Finds the fastest configuration of every kernel of a shape class, one kernel at a time.
@@ -69,6 +73,7 @@ def autotune(
         dim, value_dim, tables, planes, dtype: the shape class.
         tokens, heads: of the timed call; long enough to fill the GPU.
         candidates: tried for each kernel. One that does not compile or does not fit is passed over.
+        workers: processes that compile ahead; as many as there are processors, 16 at most, where not given.
         report: gets a line a kernel.
 
     Returns:
@@ -76,32 +81,98 @@ def autotune(
 
     Raises:
         ValueError: there is no GPU.
+        RuntimeError: a configuration has left the GPU unusable for this process.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
         raise ValueError("autotune: got a machine without a GPU that torch sees, allowed is one with")
     shape = plan.shape_class(dim, value_dim, tables, planes, dtype, precision_of(dtype))
     padded = plan.power_of_two(dim, 16), plan.power_of_two(value_dim, 16)
+    names = {
+        kernel: configs.key(kernel if shape.narrow else f"wide_{kernel}", *padded, shape.tile, dtype)
+        for kernel in (configs.KERNELS if shape.narrow else _OF_SEVERAL_TILES)
+        if not (shape.narrow and kernel == "accumulate")  # of several tiles alone
+    }
+    jobs = [(kernel, name, candidate) for kernel, name in names.items() for candidate in candidates]
+    broken = {} if interpreted else _compile_ahead(jobs, shape, workers, report)
     found: dict[str, Config] = {}
-    for kernel in configs.KERNELS if shape.narrow else _OF_SEVERAL_TILES:
-        if shape.narrow and kernel == "accumulate":
-            continue  # of several tiles alone
-        name = configs.key(kernel if shape.narrow else f"wide_{kernel}", *padded, shape.tile, dtype)
+    for kernel, name in names.items():
         times: dict[Config, float] = {}
         for candidate in candidates:
-            try:
-                with _trying({**found, name: candidate}):
-                    wrong = _wrong(kernel, shape)
-                    if wrong is None:
-                        times[candidate] = _time(_Step(kernel, shape, tokens, heads))
-                    else:
-                        report(f"{name}: {candidate} passed over, wrong: {wrong}")
-            except Exception as error:  # Triton raises what it likes where a configuration does not fit
-                report(f"{name}: {candidate} passed over, {type(error).__name__}")
+            why = broken.get((name, candidate))
+            if why is None:
+                try:
+                    with _trying({**found, name: candidate}):
+                        wrong = _wrong(kernel, shape)
+                        if wrong is None:
+                            times[candidate] = _time(_Step(kernel, shape, tokens, heads))
+                        else:
+                            why = f"wrong: {wrong}"
+                except Exception as error:  # Triton raises what it likes where a configuration does not fit
+                    why = type(error).__name__
+                    _still_usable(f"{name}: {candidate}")
+            if why is not None:
+                report(f"{name}: {candidate} passed over, {why}")
         if times:
             found[name] = min(times, key=lambda c: times[c])
             report(f"{name}: {found[name]}, {times[found[name]]:.3f} ms")
     return configs.write_users_table(found, "Triton's interpreter" if interpreted else torch.cuda.get_device_name())
+
+
+def _still_usable(after: str) -> None:
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise RuntimeError(f"autotune: {after} has left the GPU unusable for this process: {error}") from error
+
+
+_Job = tuple[str, str, Config]
+
+
+def _compile_ahead(
+    jobs: list[_Job], shape: plan.Shape, workers: int | None, report: Callable[[str], None]
+) -> dict[tuple[str, Config], str]:
+    """Fills Triton's cache on disk in several processes; returns the configurations that broke one of them.
+
+    Compiling one after the other takes ten times as long as all the timing.
+    """
+    begin = time.perf_counter()
+    about = (shape.dim, shape.value_dim, shape.tables, shape.planes, shape.dtype, shape.precision)
+    count = workers or min(16, os.cpu_count() or 1, len(jobs))
+    broken: dict[tuple[str, Config], str] = {}
+    try:
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for (_, name, candidate), why in zip(jobs, pool.map(functools.partial(_tried, about), jobs), strict=True):
+                if why is not None:
+                    broken[name, candidate] = why
+    except BrokenProcessPool:
+        report("a process that compiled ahead has died: the rest is compiled as it is timed")
+    report(f"compiled ahead in {time.perf_counter() - begin:.0f} s")
+    return broken
+
+
+def _tried(about: tuple[int, int, int, int, torch.dtype, str], job: _Job) -> str | None:
+    """Calls a kernel with a configuration; says so where the device is unusable afterwards."""
+    kernel, name, candidate = job
+    if _unusable(None):
+        return None  # another one has broken this process: nothing is known of this one
+    shape = plan.shape_class(*about)
+    try:
+        with _trying({name: candidate}):
+            step = _Step(kernel, shape, _CHECKED, 2)
+            step()
+    except Exception as error:  # which the timing meets again, and reports
+        return _unusable(error)
+    return _unusable(None)
+
+
+def _unusable(error: Exception | None) -> str | None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as after:
+        return f"the GPU was unusable after it: {error or after}"
+    return None
 
 
 #: Causal calls of several tiles have a table of their own, wide_configs.py.
