@@ -1,0 +1,186 @@
+"""Every GPU kernel under compute-sanitizer, once a dtype and option, on shapes of a few blocks.
+
+    python -m benchmarks.gpu_sanitize [--tools memcheck racecheck synccheck initcheck] [--workers 14] [--seconds 170]
+
+Writes a result file: of each tool and case how it ended, the tool's summary and reports, and the kernels that ran.
+initcheck knows nothing of memory that torch's caching allocator gives out again, so that allocator is off there.
+Exit status 1 where something was reported, or did not end. Kernels are compiled before, without a tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+DTYPES = ("bfloat16", "float16", "float32")
+_HEAD: dict[str, Any] = {"dim": 32, "heads": 2, "scale": 0.2}
+_GROUPED: dict[str, Any] = {**_HEAD, "heads": 4, "kv_heads": 2}
+#: Options of testing.make_inputs; ``planes_learn`` False leaves the hyperplanes out of the gradients.
+CASES: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True, "batch": 2, "tokens": 300, **_HEAD, "planes_learn": False},
+    "causal-options": {
+        "causal": True, "batch": 1, "tokens": 300, **_GROUPED, "planes": 3, "tables": 3, "decay": "token",
+        "masked": 0.2, "initial_state": True,
+    },
+    "causal-64": {"causal": True, "batch": 1, "tokens": 300, **_HEAD, "planes": 4, "tables": 4, "decay": "head"},
+    "causal-64-plain": {
+        "causal": True, "batch": 1, "tokens": 300, **_HEAD, "planes": 4, "tables": 4, "planes_learn": False,
+    },
+    "causal-packed": {"causal": True, "lengths": (150, 0, 1, 140), **_HEAD, "decay": "token", "masked": 0.2},
+    "causal-odd": {"causal": True, "batch": 1, "tokens": 150, "dim": 20, "value_dim": 12, "heads": 1, "scale": 0.2},
+    "causal-128": {"causal": True, "batch": 1, "tokens": 270, "dim": 128, "heads": 2, "scale": 0.1, "decay": "token"},
+    "causal-wide": {
+        "causal": True, "batch": 1, "tokens": 270, **_HEAD, "planes": 6, "tables": 2, "planes_learn": False,
+    },
+    "causal-wide-options": {
+        "causal": True, "lengths": (130, 0, 1, 140), **_GROUPED, "planes": 5, "tables": 5, "decay": "token",
+        "masked": 0.2, "initial_state": True,
+    },
+    "causal-wide-256": {"causal": True, "batch": 1, "tokens": 270, **_HEAD, "planes": 8, "tables": 1, "decay": "token"},
+    "full": {"batch": 2, "tokens": 200, "keys": 150, **_HEAD, "planes_learn": False},
+    "full-options": {
+        "lengths": (100, 0, 1, 90), "key_lengths": (80, 2, 0, 110), **_GROUPED, "planes": 4, "tables": 4, "masked": 0.2,
+        "initial_state": True,
+    },
+    "full-wide": {"batch": 1, "tokens": 200, "keys": 150, **_GROUPED, "planes": 6, "tables": 2, "masked": 0.2},
+}  # fmt: skip
+
+
+def run_case(name: str, dtype: torch.dtype) -> None:
+    """Forward and backward, twice and a third time: as it is, recorded, replayed."""
+    from race_attention.testing import make_inputs
+    from tests.helpers import evaluate, whole
+
+    options = dict(CASES[name])
+    learn = options.pop("planes_learn", True)
+    inputs = make_inputs(**options, dtype=dtype, device="cuda", requires_grad=True, seed=1)
+    inputs["hyperplanes"].requires_grad_(learn)
+    for _ in range(3):
+        evaluate(whole, inputs, backend="triton")
+    torch.cuda.synchronize()
+
+
+def run_decode(dtype: torch.dtype) -> None:
+    """A token in place, and into a new state."""
+    from race_attention.backends.triton.decode import decode, decode_
+
+    for planes, tables in ((2, 2), (4, 4), (6, 2)):
+        query, key, value = (torch.randn(2, heads, 32, device="cuda").to(dtype) for heads in (4, 2, 2))
+        hyperplanes = torch.randn(2, tables, planes, 32, device="cuda")
+        beta, decay = torch.full((2,), 4.0, device="cuda"), torch.full((2, 2), -0.1, device="cuda")
+        for wide in (torch.float32, torch.float64):
+            mass = torch.ones(2, 2, tables, 1 << planes, dtype=wide, device="cuda")
+            value_sum = torch.zeros(*mass.shape, 32, dtype=wide, device="cuda")
+            for of_decay in (None, decay):
+                decode(query, key, value, hyperplanes, beta, of_decay, mass, value_sum)
+                decode_(query, key, value, hyperplanes, beta, of_decay, mass, value_sum)
+    torch.cuda.synchronize()
+
+
+def here(name: str) -> None:
+    """Runs one case in this process and prints the kernels that it started."""
+    from race_attention.backends.triton import start
+
+    seen: set[str] = set()
+    begin = start._start
+
+    def noted(key: Any, kernel: Any, *rest: Any) -> None:
+        seen.add(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
+        begin(key, kernel, *rest)
+
+    start._start = noted
+    for dtype in DTYPES:
+        if name == "decode":
+            run_decode(getattr(torch, dtype))
+        else:
+            run_case(name, getattr(torch, dtype))
+    print("kernels:", *sorted(seen))
+
+
+def sanitized(tool: str | None, name: str, seconds: float) -> dict[str, Any]:
+    """One case in a process of its own, under a tool."""
+    command = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--here", name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    row: dict[str, Any] = {"part": tool or "no tool", "case": name}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        if tool is not None:
+            command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), "--print-limit", "20", *command]
+            if tool == "initcheck":
+                environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=max(1.0, seconds), check=False
+            )
+            row["status"] = done.returncode
+            ran = re.search(r"kernels: (.*)", done.stdout)
+            row["kernels"] = ran.group(1).split() if ran else []
+            if done.returncode:
+                row["error"] = done.stderr[-600:]
+        except subprocess.TimeoutExpired:
+            row["status"] = "its time was up"
+        row["seconds"] = round(time.monotonic() - begin, 1)
+        text = log.read_text(errors="replace") if log.exists() else ""
+        lines = [line.removeprefix("=========").strip() for line in text.splitlines()]
+        row["summary"] = [line for line in lines if "SUMMARY" in line]
+        row["reports"] = [line for line in lines if line and "SUMMARY" not in line][:60]
+    return row
+
+
+def clean(row: dict[str, Any]) -> bool:
+    """Whether a case ended and nothing was reported."""
+    quiet = all(re.search(r"SUMMARY: 0 (errors|hazards)", line) for line in row["summary"])
+    return row["status"] == 0 and quiet and (row["part"] == "no tool" or bool(row["summary"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="*", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--cases", nargs="*", choices=(*CASES, "decode"), default=[*CASES, "decode"])
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--seconds", type=float, default=170.0, help="of the whole; what runs then is ended")
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--here", default=None, help="one case in this process")
+    given = parser.parse_args()
+    if given.here:
+        here(given.here)
+        return
+    from benchmarks.gpu import RESULTS, context
+
+    machine = context()
+    output = given.output or RESULTS / f"gpu-sanitize-{machine['gpu'].lower().replace(' ', '-')}.json"
+    title = f"Triton backend on one {machine['gpu']} under compute-sanitizer"
+    end, rows = time.monotonic() + given.seconds, []
+    with ThreadPoolExecutor(given.workers) as pool:
+
+        def noted(tool: str | None, name: str) -> dict[str, Any]:
+            row = sanitized(tool, name, end - time.monotonic())
+            row["clean"] = clean(row)
+            rows.append(row)
+            rows.sort(key=lambda row: (row["part"], row["case"]))
+            output.write_text(json.dumps({"title": title, "context": machine, "rows": rows}, indent=1) + "\n")
+            print(row["part"], name, row["status"], f"{row['seconds']} s", *row["summary"], flush=True)
+            return row
+
+        list(pool.map(lambda name: noted(None, name), given.cases))
+        found = list(
+            pool.map(lambda pair: noted(*pair), [(tool, name) for tool in given.tools for name in given.cases])
+        )
+    sys.exit(not all(row["clean"] for row in found))
+
+
+if __name__ == "__main__":
+    main()
