@@ -3,6 +3,10 @@
     python -m benchmarks.gpu                                   # everything, into benchmarks/results/
     python -m benchmarks.gpu --only table decode --seconds 60 --output /tmp/x.json
     python -m benchmarks.gpu --plot benchmarks/results/gpu-NAME.json
+    python -m benchmarks.gpu --merge /tmp/x.json /tmp/y.json --output benchmarks/results/gpu-NAME.json
+
+The parts may run on several GPUs of one machine at once, each with a file of its own, which --merge makes one of; what
+is compared is in one part, so on one GPU.
 
 The floor is the time to copy the bytes that any implementation must read and write once (forward: q, k, v, out;
 forward and backward: 11 such tensors) at the bandwidth of a large device copy measured in the same run. Times are
@@ -140,6 +144,26 @@ def run_surely(names: list[str], output: Path, seconds: float) -> None:
         names = names[names.index(failed) + 1 :]
 
 
+def merge(paths: list[Path], output: Path) -> None:
+    """One result file of several, of other parts on GPUs of one kind; each row keeps the floor of its own GPU."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    machine = found[0]["context"]
+    for name in ("gpu", "driver", "torch", "triton", "commit"):
+        if len({str(one["context"][name]) for one in found}) > 1:
+            raise SystemExit(f"{name} differs: " + ", ".join(str(one["context"][name]) for one in found))
+    linear = [one["context"]["flash_linear_attention"] for one in found]
+    machine["flash_linear_attention"] = next(filter(None, linear), None)
+    copies = {path.stem: one["copy_bytes_per_second"] for path, one in zip(paths, found, strict=True)}
+    merged = {
+        "title": found[0]["title"],
+        "context": machine,
+        "copy_bytes_per_second": found[0]["copy_bytes_per_second"],
+        "copy_bytes_per_second_of_files": copies,
+        "rows": [row for one in found for row in one["rows"]],
+    }
+    output.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=sorted(PARTS), default=list(PARTS))
@@ -148,9 +172,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--here", action="store_true", help="in this process, adding to the file")
     parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--merge", type=Path, nargs="+", default=None, help="files of parts, into --output")
     given = parser.parse_args()
     if given.plot:
         plot(given.plot)
+        return
+    if given.merge:
+        if given.output is None:
+            parser.error("--merge needs --output")
+        merge(given.merge, given.output)
         return
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()

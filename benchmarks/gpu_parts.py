@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_peers import DIM, EXACT, HEADS, Exact, Linear, Race, Step, has_linear
+from benchmarks.gpu_peers import DIM, EXACT, HEADS, Exact, Linear, Nothing, Race, Step, has_linear
 from race_attention.backends.triton.decode import decode_
 
 MILLION = 1 << 20
@@ -70,7 +70,7 @@ def freed() -> None:
 deadline = float("inf")
 
 
-def row(report: Report, part: str, make: Callable[[], Step], repeats: int = 7, **what: Any) -> None:
+def row(report: Report, part: str, make: Callable[[], Step], repeats: int = 7, warm: int = 2, **what: Any) -> None:
     """Measures one step and reports it: milliseconds and peak memory, or None and why, where it fails.
 
     An error that leaves the device unusable is raised.
@@ -81,7 +81,7 @@ def row(report: Report, part: str, make: Callable[[], Step], repeats: int = 7, *
         freed()
     torch.cuda.reset_peak_memory_stats()
     try:
-        ms = graphed(make()) if what.get("graph") else measure(make(), repeats, 2 if repeats > 3 else 1)
+        ms = graphed(make()) if what.get("graph") else measure(make(), repeats, warm if repeats > 3 else 1)
         report(part, **what, ms=ms, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
     except Exception as error:
         report(part, **what, ms=None, error=f"{type(error).__name__}: {error}"[:200])
@@ -120,30 +120,60 @@ def linear(report: Report) -> None:
                 row(report, "linear", partial(Linear, kind, tables << planes, tokens, backward), peer=kind, **what)
 
 
-def lengths(report: Report) -> None:
+def lengths(heads: int, longest: int, exact_longest: int, report: Report) -> None:
     """From 1K tokens on, against exact attention and plain torch; short ones also as graphs."""
-    for heads, longest, exact_longest in ((4, 24, 16), (64, 20, 14)):
-        for power in range(10, longest + 1):
-            for causal, backward in ((True, True), (False, True), (True, False), (False, False)):
-                if power > exact_longest and not (causal and backward):
-                    continue
-                what: dict[str, Any] = {"heads": heads, "tokens": 1 << power, "causal": causal, "backward": backward}
-                _length(report, what, power <= exact_longest)
+    for power in range(10, longest + 1):
+        for causal, backward in ((True, True), (False, True), (True, False), (False, False)):
+            if power > exact_longest and not (causal and backward):
+                continue
+            what: dict[str, Any] = {"heads": heads, "tokens": 1 << power, "causal": causal, "backward": backward}
+            _length(report, what, power <= exact_longest)
 
 
 def _length(report: Report, what: dict[str, Any], exact: bool) -> None:
     tokens, heads, how = what["tokens"], what["heads"], (what["causal"], what["backward"])
-    repeats = 11 if tokens * heads < MILLION else 3
-    for planes, tables in (CONFIGURATIONS[0], CONFIGURATIONS[-1]):
+    # A layout is written down by its second call, what its backward pass reads by its third.
+    repeats, warm = (31, 6) if tokens * heads < MILLION else (3, 2)
+    for planes, tables in CONFIGURATIONS:
         make = partial(Race, planes, tables, tokens, *how, heads=heads)
-        row(report, "lengths", make, repeats, P=planes, L=tables, **what)
+        row(report, "lengths", make, repeats, warm, P=planes, L=tables, **what)
         if tokens < 1 << 15 and all(how):
             row(report, "lengths", make, P=planes, L=tables, **what, graph=True)
     for name in EXACT if exact else ():
-        row(report, "lengths", partial(Exact, name, tokens, *how, heads), repeats, peer=name, **what)
+        row(report, "lengths", partial(Exact, name, tokens, *how, heads), repeats, warm, peer=name, **what)
     if heads == HEADS and all(how) and tokens in (1 << 10, 1 << 14, 1 << 18):
         make = partial(Race, 2, 2, tokens, *how, backend="reference")
         row(report, "lengths", make, 3, peer="plain torch (2,2)", **what)
+
+
+def host(report: Report) -> None:
+    """What a call of 1,024 tokens takes of the host, whatever the GPU does: the median of groups of calls."""
+    makers: dict[str, Callable[[], Step]] = {"an autograd function with nothing in it": Nothing}
+    for backward in (False, True):
+        name = "forward and backward" if backward else "forward"
+        for causal in (True, False):
+            how = "causal" if causal else "not causal"
+            makers[f"(2,2) {how}, {name}"] = partial(Race, 2, 2, 1024, causal, backward)
+        makers[f"(2,2) causal, decay, {name}"] = partial(Race, 2, 2, 1024, True, backward, decay=True)
+        for peer in EXACT:
+            makers[f"{peer} causal, {name}"] = partial(Exact, peer, 1024, True, backward)
+    for threads in (True, False):
+        with torch.autograd.set_multithreading_enabled(threads):
+            for name, make in makers.items():
+                if time.monotonic() < deadline and (threads or "backward" in name or "nothing" in name):
+                    report("host", call=name, backward_on_the_calling_thread=not threads, host_us=_host_us(make()))
+
+
+def _host_us(step: Step, calls: int = 100, groups: int = 15) -> float:
+    times = []
+    for _ in range(groups + 1):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            step()
+        times.append((time.perf_counter() - begin) / calls * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times[1:])
 
 
 def resident(report: Report) -> None:
@@ -201,7 +231,9 @@ PARTS: dict[str, Callable[[Report], None]] = {
     "table": table,
     "resident": resident,
     "decode": decode,
-    "lengths": lengths,
+    "host": host,
+    "lengths-4": partial(lengths, 4, 24, 16),
+    "lengths-64": partial(lengths, 64, 20, 14),
     "wide": wide,
     "linear": linear,
     "repeats": repeats,
@@ -220,7 +252,7 @@ def compiled(job: tuple[Any, ...]) -> None:
 def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
     """What to compile before the parts are timed."""
     jobs: list[tuple[Any, ...]] = []
-    for pair in CONFIGURATIONS if set(only) - {"wide", "decode"} else ():
+    for pair in CONFIGURATIONS if set(only) - {"wide", "decode", "host"} else ():
         jobs += [("race", *pair, 4096, causal, True) for causal in (True, False)]
         jobs.append(("race", *pair, 4096, True, True, HEADS, True))
     if "linear" in only and has_linear():

@@ -68,6 +68,26 @@ class Exact:
         return torch.autograd.grad(out, self.inputs, self.grad) if self.backward else out
 
 
+class Nothing:
+    """An autograd function that does nothing, forward and backward: what no such function is without."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    def __init__(self) -> None:
+        self.x = tokens_of(16, HEADS, True)
+        self.grad = torch.randn_like(self.x)
+
+    def __call__(self) -> Any:
+        return torch.autograd.grad(self.Function.apply(self.x), self.x, self.grad)
+
+
 class Linear:
     """flash-linear-attention on positive features of ``buckets`` numbers a token, as many as RACE has buckets.
 
