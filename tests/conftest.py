@@ -8,12 +8,16 @@ import hypothesis
 import pytest
 import torch
 
+from tests import interpreter
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 EXAMPLES = int(os.environ.get("RACE_ATTENTION_EXAMPLES", "40"))  # more of them look further
 hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None, max_examples=EXAMPLES, print_blob=True
 )
 hypothesis.settings.load_profile("deterministic")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hurry()
 
 
 @pytest.fixture(autouse=True)
