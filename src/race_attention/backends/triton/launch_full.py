@@ -77,7 +77,7 @@ def backward(
         start(
             kernels.key_gradient_kernel, (key_runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta,
-            pointer_or(key_runs.table, p.beta), *((kept, after) if shape.narrow else (after,)), dk, dv,
+            pointer_or(key_runs.table, p.beta), after, dk, dv,
             *sums.parts(key_runs, p.groups), *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
             p.keys, key_runs.length, key_runs.per_row, p.groups, HAS_MASK=p.key_mask is not None,
             NEED_PLANES=sums.need_planes, **p.options("full_key_gradient", tiles=not shape.narrow),
