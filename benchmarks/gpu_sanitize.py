@@ -23,12 +23,25 @@ from typing import Any
 
 import torch
 
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")  # the slowest first
+#: Calls of a case. The first two run the host code; the fifth is forward and backward a recording's replay.
+REPEATS = {"memcheck": 5}
 DTYPES = ("bfloat16", "float16", "float32")
 _HEAD: dict[str, Any] = {"dim": 32, "heads": 2, "scale": 0.2}
 _GROUPED: dict[str, Any] = {**_HEAD, "heads": 4, "kv_heads": 2}
 #: Options of testing.make_inputs; ``planes_learn`` False leaves the hyperplanes out of the gradients.
 CASES: dict[str, dict[str, Any]] = {
+    "causal-wide": {
+        "causal": True, "batch": 1, "tokens": 270, **_HEAD, "planes": 6, "tables": 2, "planes_learn": False,
+    },
+    "causal-wide-options": {
+        "causal": True, "lengths": (130, 0, 1, 140), **_GROUPED, "planes": 5, "tables": 5, "decay": "token",
+        "masked": 0.2, "initial_state": True,
+    },
+    "causal-wide-256": {
+        "causal": True, "batch": 1, "tokens": 270, "dim": 32, "heads": 1, "scale": 0.2, "planes": 8, "tables": 1,
+        "decay": "token",
+    },
     "causal": {"causal": True, "batch": 2, "tokens": 300, **_HEAD, "planes_learn": False},
     "causal-options": {
         "causal": True, "batch": 1, "tokens": 300, **_GROUPED, "planes": 3, "tables": 3, "decay": "token",
@@ -41,14 +54,6 @@ CASES: dict[str, dict[str, Any]] = {
     "causal-packed": {"causal": True, "lengths": (150, 0, 1, 140), **_HEAD, "decay": "token", "masked": 0.2},
     "causal-odd": {"causal": True, "batch": 1, "tokens": 150, "dim": 20, "value_dim": 12, "heads": 1, "scale": 0.2},
     "causal-128": {"causal": True, "batch": 1, "tokens": 270, "dim": 128, "heads": 2, "scale": 0.1, "decay": "token"},
-    "causal-wide": {
-        "causal": True, "batch": 1, "tokens": 270, **_HEAD, "planes": 6, "tables": 2, "planes_learn": False,
-    },
-    "causal-wide-options": {
-        "causal": True, "lengths": (130, 0, 1, 140), **_GROUPED, "planes": 5, "tables": 5, "decay": "token",
-        "masked": 0.2, "initial_state": True,
-    },
-    "causal-wide-256": {"causal": True, "batch": 1, "tokens": 270, **_HEAD, "planes": 8, "tables": 1, "decay": "token"},
     "full": {"batch": 2, "tokens": 200, "keys": 150, **_HEAD, "planes_learn": False},
     "full-options": {
         "lengths": (100, 0, 1, 90), "key_lengths": (80, 2, 0, 110), **_GROUPED, "planes": 4, "tables": 4, "masked": 0.2,
@@ -58,8 +63,8 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run_case(name: str, dtype: torch.dtype) -> None:
-    """Forward and backward, twice and a third time: as it is, recorded, replayed."""
+def run_case(name: str, dtype: torch.dtype, repeats: int) -> None:
+    """Forward and backward."""
     from race_attention.testing import make_inputs
     from tests.helpers import evaluate, whole
 
@@ -67,7 +72,7 @@ def run_case(name: str, dtype: torch.dtype) -> None:
     learn = options.pop("planes_learn", True)
     inputs = make_inputs(**options, dtype=dtype, device="cuda", requires_grad=True, seed=1)
     inputs["hyperplanes"].requires_grad_(learn)
-    for _ in range(3):
+    for _ in range(repeats):
         evaluate(whole, inputs, backend="triton")
     torch.cuda.synchronize()
 
@@ -89,7 +94,7 @@ def run_decode(dtype: torch.dtype) -> None:
     torch.cuda.synchronize()
 
 
-def here(name: str) -> None:
+def here(name: str, repeats: int) -> None:
     """Runs one case in this process and prints the kernels that it started."""
     from race_attention.backends.triton import start
 
@@ -105,13 +110,14 @@ def here(name: str) -> None:
         if name == "decode":
             run_decode(getattr(torch, dtype))
         else:
-            run_case(name, getattr(torch, dtype))
+            run_case(name, getattr(torch, dtype), repeats)
     print("kernels:", *sorted(seen))
 
 
 def sanitized(tool: str | None, name: str, seconds: float) -> dict[str, Any]:
     """One case in a process of its own, under a tool."""
     command = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--here", name]
+    command += ["--repeats", str(REPEATS.get(tool or "", 1))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     row: dict[str, Any] = {"part": tool or "no tool", "case": name}
     with tempfile.TemporaryDirectory() as folder:
@@ -154,9 +160,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=170.0, help="of the whole; what runs then is ended")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--here", default=None, help="one case in this process")
+    parser.add_argument("--repeats", type=int, default=1, help="calls of that case")
     given = parser.parse_args()
     if given.here:
-        here(given.here)
+        here(given.here, given.repeats)
         return
     from benchmarks.gpu import RESULTS, context
 
