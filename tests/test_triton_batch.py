@@ -104,6 +104,16 @@ def test_what_only_tritons_launcher_can_start(given: Any, arguments: list[Any]) 
     assert batch.kernel_step(given, (1,), arguments, {}) is None
 
 
+def test_memory_for_descriptors_comes_behind_the_arguments() -> None:
+    driver = Driver([ctypes.c_int32, ctypes.c_uint64])
+    step = batch.kernel_step(compiled("i32", global_scratch_size=8), (1,), [3], {}, (1, 64))
+    assert step is not None
+    run = batch.library()
+    assert run is not None
+    assert run(batch.program([step], driver.functions), struct.pack("=2q", 0, 1 << 40), 0) == 0
+    assert driver.calls[0][4] == [3, (1 << 40) + 64]
+
+
 def test_threads_run_one_program_at_once() -> None:
     driver = Driver([ctypes.c_uint64])
     step = batch.kernel_step(compiled("*fp32"), (1,), [None], {0: (0, 1)})

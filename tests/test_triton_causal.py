@@ -110,6 +110,38 @@ def test_a_call_without_gradients_equals_one_with_them(tokens: int, decay: str |
             assert torch.equal(out, race_attention(**inputs, backend="triton"))
 
 
+#: Buckets, D and Dv that are not what they are padded to, the state in halves of Dv; runs that end within a block.
+DESCRIBED: dict[str, dict[str, Any]] = {
+    "grouped": {"planes": 3, "tables": 3, "dim": 24, "value_dim": 40, "heads": 4, "kv_heads": 2},
+    "halves": {"planes": 4, "tables": 4, "dim": 16, "value_dim": 24, "decay": "token"},
+    "one-half": {"planes": 4, "tables": 3, "dim": 8, "value_dim": 8},
+    "packed": {"lengths": (41, 0, 1, 28), "dim": 8, "decay": "head"},
+    "transposed": {"dim": 8, "heads": 2, "batch": 2, "strides": "transposed", "initial_state": True},
+}
+
+
+@pytest.mark.parametrize("shape", DESCRIBED)
+@pytest.mark.usefixtures("one_run")
+def test_rows_by_descriptor_and_by_address(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from race_attention.backends.triton import launch, start
+
+    if not start.describes(torch.empty(0, device=DEVICE).device):
+        pytest.skip("this device knows no descriptors")
+    dtype = torch.float16 if INTERPRETED else BFLOAT16
+    given = {"causal": True, "batch": 1, "tokens": 70, "heads": 1} | DESCRIBED[shape]
+    inputs = make_inputs(**given, dtype=dtype, device=DEVICE, seed=9)
+    seen: list[bool] = []
+    asked = launch.Problem.described.fget
+    assert asked is not None
+    monkeypatch.setattr(launch.Problem, "described", property(lambda p: seen.append(asked(p)) or asked(p)))
+    out = race_attention(**inputs, backend="triton")
+    assert seen
+    assert all(seen)
+    assert_within_budget(out, oracle(**in_double(inputs)), dtype, "forward")
+    monkeypatch.setattr(launch.Problem, "described", property(lambda p: False))
+    assert_within_budget(race_attention(**inputs, backend="triton"), out.double(), dtype, "forward")
+
+
 def _near(actual: torch.Tensor, right: torch.Tensor) -> None:
     """Within the forward budget of float32 inputs in the interpreter, of bfloat16 on a GPU, where sums are rounded."""
     assert float((actual - right).norm()) <= (1e-5 if INTERPRETED else 4e-3) * float(right.norm())

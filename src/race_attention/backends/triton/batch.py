@@ -58,7 +58,11 @@ def driver() -> tuple[int, int] | None:
 
 
 def kernel_step(
-    compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], places: dict[int, Pair]
+    compiled: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    places: dict[int, Pair],
+    memory: Pair | None = None,
 ) -> list[int] | None:
     """The part of a program that starts a kernel, or None where only Triton's launcher can.
 
@@ -67,12 +71,12 @@ def kernel_step(
         grid: one to three counts of programs.
         arguments: all of the kernel's, compile-time ones included.
         places: of the tensors among them, by their number.
+        memory: the place of what Triton gives a kernel besides, for the descriptors that it makes.
     """
     about = compiled.metadata
     special = (
         "launch_cooperative_grid",
         "launch_pdl",
-        "global_scratch_size",
         "profile_scratch_size",
         "tensordesc_meta",
     )
@@ -89,6 +93,10 @@ def kernel_step(
         if pair is None:
             return None
         pairs.append(pair)
+    if getattr(about, "global_scratch_size", 0):
+        if memory is None:
+            return None
+        pairs.append(memory)  # the first of the pointers behind a kernel's own parameters
     if len(pairs) > MOST:
         return None
     threads = about.num_warps * about.target.warp_size

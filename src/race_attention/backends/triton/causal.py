@@ -19,7 +19,6 @@ from .device import (
     operand,
     reciprocal,
     run_bounds,
-    store_rows,
     whole_rows,
 )
 from .narrow import (
@@ -29,16 +28,16 @@ from .narrow import (
     chunk_at,
     decay_so_far,
     fading,
-    features_at,
     hashed,
     load_corners,
     load_hash,
     load_mass,
     load_sums,
-    rows_at,
+    row_block,
+    rows_from,
     running_decay,
+    store_block,
     store_chunk,
-    store_features,
     store_mass,
     store_sums,
     taken_up,
@@ -58,7 +57,7 @@ def key_states_kernel(
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    KEEP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    DESCRIBED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The state that each run of keys alone leaves (programs: runs * G), and its total log decay.
 
@@ -68,6 +67,7 @@ def key_states_kernel(
     """
     S: tl.constexpr = L << P
     TILED: tl.constexpr = SP <= 32  # a sum over the tokens of a block at the end alone
+    width = tl.full([], SW, tl.int64)
     run = tl.program_id(0) // G
     group = tl.program_id(0) - run * G
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
@@ -77,6 +77,9 @@ def key_states_kernel(
     key_mask += batch * mb + group * mh + start * mt
     log_decay += batch * gb + group * gh + start * gt
     key_features += ((batch * G + group) * T + start) * SW
+    keys = rows_from(key, kt, count, C, D, DP, ALIGNED, DESCRIBED)
+    values = rows_from(value, vt, count, C, V, VP, ALIGNED, DESCRIBED)
+    features = rows_from(key_features, width, count, C, SW, SP, ALIGNED, DESCRIBED)
     key_hashes += ((batch * G + group) * T + start) * YW
     if CH > 0:
         place = chunk_at(batch, row, start, T, CH, PACKED) * G + group
@@ -101,14 +104,15 @@ def key_states_kernel(
                 if HAS_DECAY:
                     in_chunk = tl.zeros([], tl.float32)
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
-        k = rows_at(key, kt, t, inside, C, D, DP, ALIGNED)
-        v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
+        k = row_block(keys, kt, t, 0, inside, C, D, DP, ALIGNED, DESCRIBED)
+        v = row_block(values, vt, t, 0, inside, C, V, VP, ALIGNED, DESCRIBED)
         y = hashed(k, hashes, C, N, PRECISION)
         if KEEP:
             store_projections(key_hashes, t, tl.arange(0, C) < count - t, y, C, N, YW)
         phi = buckets_of(y, b, corners, C, N, S, SP, LIFT, PRECISION)
         phi = tl.where(inside[:, None], phi, 0.0)
-        store_features(key_features, t, tl.arange(0, C) < count - t, operand(phi, PRECISION), C, SP, SW)
+        here = tl.arange(0, C) < count - t
+        store_block(features, width, t, 0, here, operand(phi, PRECISION), C, SW, SP, DESCRIBED)
         if HAS_DECAY:
             if CH > 0:
                 fade, left, log_kept = running_decay(log_decay, gt, t, count, C)
@@ -142,7 +146,7 @@ def readout_kernel(
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
     CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    DESCRIBED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """out of a run of queries (programs: runs * H), contiguous [B, T, H, V], and 1 / denominators [B, H, T]."""
     S: tl.constexpr = L << P
@@ -167,7 +171,11 @@ def readout_kernel(
     corners = load_corners(P, N, SP, PRECISION)
     state = before + (run.to(tl.int64) * G + group) * (S * (V + 1))
     VH: tl.constexpr = VP // 2 if TALL else VP  # in halves of Dv where the sums fill the registers
-    V0: tl.constexpr = V if V < VH else VH
+    width = tl.full([], SW, tl.int64)
+    queries = rows_from(query, qt, count, C, D, DP, ALIGNED, DESCRIBED)
+    features = rows_from(key_features, width, count, C, SW, SP, ALIGNED, DESCRIBED)
+    values = rows_from(value, vt, count, C, V, VH, ALIGNED, DESCRIBED)
+    outs = rows_from(out, H * V, count, C, V, VH, ALIGNED, DESCRIBED)
     sums = load_sums(state, 0, S, SP, V, VH, TALL)
     if TALL:
         more_sums = load_sums(state, VH, S, SP, V, VH, TALL)
@@ -182,11 +190,11 @@ def readout_kernel(
     for t in range(0, count, C):
         here = c < count - t
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
-        q = rows_at(query, qt, t, here, C, D, DP, ALIGNED)
-        phi_k = features_at(key_features, t, here, C, SP, SW)
-        v = operand(rows_at(value, vt, t, inside, C, V0, VH, ALIGNED), PRECISION)
+        q = row_block(queries, qt, t, 0, here, C, D, DP, ALIGNED, DESCRIBED)
+        phi_k = row_block(features, width, t, 0, here, C, SW, SP, ALIGNED, DESCRIBED)
+        v = operand(row_block(values, vt, t, 0, inside, C, V, VH, ALIGNED, DESCRIBED), PRECISION)
         if TALL:
-            more_v = operand(rows_at(value + VH, vt, t, inside, C, V - V0, VH, ALIGNED), PRECISION)
+            more_v = operand(row_block(values, vt, t, VH, inside, C, V, VH, ALIGNED, DESCRIBED), PRECISION)
         phi = buckets_of(hashed(q, hashes, C, N, PRECISION), b, corners, C, N, S, SP, LIFT, PRECISION)
         phi_q = operand(phi, PRECISION)
         score = dot(phi_q, tl.trans(phi_k), PRECISION)
@@ -212,13 +220,13 @@ def readout_kernel(
         else:
             mass += tl.sum(phi_left.to(tl.float32), 0)
         o = add_dot(dot(phi_q, by_bucket(operand(sums, PRECISION), TALL), PRECISION), score, v, PRECISION)
-        store_rows(out, H * V, t, here, o * inverse[:, None], C, V0, VH)
+        store_block(outs, H * V, t, 0, here, o * inverse[:, None], C, V, VH, DESCRIBED)
         if HAS_DECAY:
             sums *= kept
         sums = taken_up(sums, v, phi_left, TALL, PRECISION)
         if TALL:
             o = add_dot(dot(phi_q, operand(more_sums, PRECISION), PRECISION), score, more_v, PRECISION)
-            store_rows(out + VH, H * V, t, here, o * inverse[:, None], C, V - V0, VH)
+            store_block(outs, H * V, t, VH, here, o * inverse[:, None], C, V, VH, DESCRIBED)
             if HAS_DECAY:
                 more_sums *= kept
             more_sums = taken_up(more_sums, more_v, phi_left, TALL, PRECISION)

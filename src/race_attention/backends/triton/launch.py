@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import plan, reduce
-from .start import start
+from .start import describes, start
 
 #: Elements of the hyperplanes' gradient that one program adds up.
 REDUCED = 32
@@ -64,6 +64,22 @@ class Problem:
     def options(self, kernel: str, *, tiles: bool) -> dict[str, Any]:
         """The compile-time arguments and the configuration of a kernel."""
         return plan.options(self.shape, kernel, tiles, self.aligned, self.bounds is not None)
+
+    @property
+    def described(self) -> bool:
+        """Whether the causal forward kernels of one tile take rows by tensor descriptors.
+
+        Those need rows that begin at multiples of 16 bytes, and know no mask: what is masked may be NaN.
+        """
+        rows = self.query, self.key, self.value
+        return (
+            self.aligned
+            and self.key_mask is None
+            and self.shape.dtype != torch.float32
+            and self.shape.value_dim % 8 == 0
+            and all(x.shape[1] > 1 and x.stride(1) >= 8 for x in rows)
+            and describes(self.query.device)
+        )
 
     @property
     def conditions(self) -> dict[str, bool]:

@@ -38,7 +38,7 @@ def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
             key_hashes(p), p.inner, p.marks, p.fades,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.keys, runs.length, runs.per_row, p.groups, **p.conditions, CH=p.shape.chunk, KEEP=p.keep,
-            YW=p.shape.hash_row, **options(p, "causal_key_states"),
+            YW=p.shape.hash_row, DESCRIBED=p.described, **options(p, "causal_key_states"),
         )  # fmt: skip
     return states, totals
 
@@ -52,7 +52,7 @@ def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
             p.query, p.features, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.fades,
             p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, out, p.inverses,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, CH=p.shape.chunk,
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, CH=p.shape.chunk, DESCRIBED=p.described,
             **p.conditions, **options(p, "causal_readout"),
         )  # fmt: skip
     return out

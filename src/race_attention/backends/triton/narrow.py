@@ -21,6 +21,7 @@ from .device import (
     log2_of,
     operand,
     sides,
+    store_rows,
     whole_rows,
 )
 
@@ -38,6 +39,52 @@ def rows_at(base, stride, t, here, C: tl.constexpr, D: tl.constexpr, DP: tl.cons
     if DP != D:
         mask = mask & (d < D)[None, :]
     return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def rows_from(
+    base, stride, count, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALIGNED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """What :func:`row_block` and :func:`store_block` take of the ``count`` rows from ``base`` on, in blocks of C by DP.
+
+    DESCRIBED, it is a descriptor: the hardware then copies whole blocks to and from shared memory, with zeros past the
+    last row and column, and no thread spends registers and instructions on addresses. Else it is ``base``.
+    """
+    if DESCRIBED:
+        one: tl.constexpr = 1
+        return tl.make_tensor_descriptor(base, [count, D], [whole_rows(stride, ALIGNED), one], [C, DP])
+    else:
+        return base
+
+
+@triton.jit
+def row_block(
+    rows, stride, t, column: tl.constexpr, here, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ALIGNED: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """[C, DP] elements from ``column`` on of the tokens from the run's t-th on; zeros past D, and where not ``here``.
+
+    DESCRIBED, of the latter only those past the run's end.
+    """
+    if DESCRIBED:
+        return rows.load([t, column])
+    else:
+        width: tl.constexpr = D - column if D - column < DP else DP
+        return rows_at(rows + column, stride, t, here, C, width, DP, ALIGNED)
+
+
+@triton.jit
+def store_block(
+    rows, stride, t, column: tl.constexpr, here, x, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Writes x [C, DP] from ``column`` on to the tokens from the run's t-th on that are ``here`` [C]."""
+    if DESCRIBED:
+        rows.store([t, column], x.to(rows.dtype))
+    else:
+        width: tl.constexpr = D - column if D - column < DP else DP
+        store_rows(rows + column, stride, t, here, x, C, width, DP)
 
 
 @triton.jit

@@ -57,7 +57,10 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel started on its grid; ``compiled`` is None in Triton's interpreter. ``arguments`` without tensors."""
+    """A kernel started on its grid; ``compiled`` is None in Triton's interpreter. ``arguments`` without tensors.
+
+    ``memory`` is what Triton gives it besides, for the descriptors that it makes.
+    """
 
     kernel: Any
     compiled: Any
@@ -65,6 +68,7 @@ class Launch:
     options: dict[str, Any]
     arguments: list[Any]
     tensors: list[tuple[int, Place]]
+    memory: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -131,19 +135,21 @@ class Recorder(TorchDispatchMode):
         return result
 
     def launched(
-        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], found: Any
-    ) -> None:
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], found: Any,
+        memory: Tensor | None,
+    ) -> None:  # fmt: skip
         """A kernel was started; ``found`` is it compiled, with its compile-time arguments, or None."""
         if self.failed is not None:
             return
         try:
+            besides = None if memory is None else self.place(memory)
             tensors = [(n, self.place(x)) for n, x in enumerate(args) if isinstance(x, Tensor)]
         except CannotRepeat as error:
             self.give_up(str(error))
             return
         compiled, constants = (None, ()) if found is None else found
         arguments = [*(None if isinstance(x, Tensor) else x for x in args), *constants]
-        self.steps.append(Launch(kernel, compiled, grid, options, arguments, tensors))
+        self.steps.append(Launch(kernel, compiled, grid, options, arguments, tensors, besides))
 
     def give_up(self, why: str) -> None:
         self.failed = why

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import batch
+from . import batch, start
 from .launch import on
 from .recording import Buffer, CannotRepeat, Launch, Operator, Place, Recorder, Zeros
 
@@ -125,7 +125,8 @@ class Replay:
 
     def _renumbered(self, step: Any) -> Any:
         if isinstance(step, Launch):
-            return replace(step, tensors=[(n, self._moved(place)) for n, place in step.tensors])
+            tensors = [(n, self._moved(place)) for n, place in step.tensors]
+            return replace(step, tensors=tensors, memory=step.memory and self._moved(step.memory))
         if isinstance(step, Zeros):
             return replace(step, place=self._moved(step.place))
         arguments = tree_map(lambda x: self._moved(x) if isinstance(x, Place) else x, step.arguments)
@@ -190,6 +191,7 @@ class Replay:
             return
         for n, place in step.tensors:
             arguments[n] = at[place.buffer] + place.offset if place.buffer >= 0 else 0
+        start.provide_memory()
         step.compiled[step.grid + (1,) * (3 - len(step.grid))](*arguments, stream=stream)
 
     def _argument(self, held: list[Tensor | None], x: Any, device: torch.device) -> Any:
@@ -223,7 +225,8 @@ def _batched(steps: list[Any], functions: tuple[int, int] | None) -> list[Any]:
         made = None
         if isinstance(step, Launch) and step.compiled is not None:
             places = {n: (place.buffer, place.offset) if place.buffer >= 0 else (-1, 0) for n, place in step.tensors}
-            made = batch.kernel_step(step.compiled, step.grid, step.arguments, places)
+            memory = None if step.memory is None else (step.memory.buffer, step.memory.offset)
+            made = batch.kernel_step(step.compiled, step.grid, step.arguments, places, memory)
         elif isinstance(step, Zeros):
             made = batch.zero_step((step.place.buffer, step.place.offset), step.bytes)
         if made is None:

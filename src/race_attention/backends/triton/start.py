@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch.utils._python_dispatch import _disable_current_modes
 
 #: kernel, device, compile-time arguments, dtypes, alignment -> (compiled kernel, compile-time arguments in its order)
@@ -43,6 +45,8 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
         args: tensors (the first one is) and numbers, all that come before the compile-time arguments.
         options: the compile-time arguments, num_warps and num_stages, always in the same order at one place.
     """
+    if options.get("DESCRIBED"):
+        provide_memory()
     tensors = [x for x in args if type(x) not in _NUMBERS]
     unaligned: Any = [x.data_ptr() % 16 for x in tensors]
     unaligned = tuple(map(bool, unaligned)) if any(unaligned) else None
@@ -52,7 +56,38 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
         return
     with _disable_current_modes():  # the interpreter calls operators of torch
         _start(key, kernel, grid, args, options)
-    recording.launched(kernel, grid, args, options, _compiled.get(key))
+    found = _compiled.get(key)
+    each = 0 if found is None else getattr(found[0].metadata, "global_scratch_size", 0)
+    memory = torch.empty(math.prod(grid) * each, dtype=torch.uint8, device=args[0].device) if each else None
+    recording.launched(kernel, grid, args, options, found, memory)
+
+
+@functools.cache
+def describes(device: torch.device) -> bool:
+    """Whether kernels there may take rows by tensor descriptors, which the hardware itself copies by.
+
+    Other devices would get Triton's replacement by pointers, with more instructions than the kernels' own.
+    """
+    if not hasattr(tl, "make_tensor_descriptor"):
+        return False
+    if device.type == "cpu":
+        return True  # Triton's interpreter
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def provide_memory() -> None:
+    """Memory for the descriptors that kernels make: Triton asks each thread for a way to get some, and has none."""
+    if _allocator is None or isinstance(_allocator.get(), _NoAllocator):
+        triton.set_allocator(_memory)
+
+
+def _memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+_allocation = getattr(triton.runtime, "_allocation", None)
+_allocator = getattr(_allocation, "_allocator", None)
+_NoAllocator = getattr(_allocation, "NullAllocator", ())
 
 
 def _start(key: tuple[Any, ...], kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
