@@ -78,7 +78,7 @@ def key(kernel: str, dim: int, value_dim: int, buckets: int, dtype: torch.dtype)
 _MEASURED = {
     "accumulate": {16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
     "causal_key_states": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 2)},
-    "causal_readout": {16: (64, 4, 2), 32: (64, 4, 1), 64: (64, 4, 2)},
+    "causal_readout": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
     "causal_adjoint": {16: (64, 4, 3), 32: (64, 4, 2), 64: (64, 4, 2)},
     "causal_query_gradient": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
     "causal_key_gradient": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},

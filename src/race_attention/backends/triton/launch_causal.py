@@ -27,7 +27,10 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
-    """The state that the keys of each run leave, its total log decay [runs, G] float64; fills ``p.features``."""
+    """The state that the keys of each run leave, its total log decay [runs, G] float64; fills ``p.features``.
+
+    Descriptors only where addresses would make the kernel spill: elsewhere its loads, further ahead, hide more.
+    """
     states = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
     if runs.count * p.groups:
@@ -38,7 +41,8 @@ def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
             key_hashes(p), p.inner, p.marks, p.fades,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.keys, runs.length, runs.per_row, p.groups, **p.conditions, CH=p.shape.chunk, KEEP=p.keep,
-            YW=p.shape.hash_row, DESCRIBED=p.described, **options(p, "causal_key_states"),
+            YW=p.shape.hash_row, DESCRIBED=p.described and p.keep and p.shape.tile == 64,
+            **options(p, "causal_key_states"),
         )  # fmt: skip
     return states, totals
 
