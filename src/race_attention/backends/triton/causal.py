@@ -14,6 +14,8 @@ import triton.language as tl
 
 from .device import (
     add_dot,
+    anew,
+    bfloat16_of,
     dot,
     keys_inside,
     operand,
@@ -180,15 +182,23 @@ def readout_kernel(
     if TALL:
         more_sums = load_sums(state, VH, S, SP, V, VH, TALL)
     mass = load_mass(state, S, SP, V)
-    TILED: tl.constexpr = SP <= 32  # the mass once a token, where registers allow: no sum over the warps
+    # Sums by products with ones cost the threads nothing: over tokens (with the mass once a token where registers
+    # allow, once in eight columns where not), and over the keys of a query.
+    TILED: tl.constexpr = SP <= 32
+    PRODUCTS: tl.constexpr = PRECISION == "bf16"
+    c = tl.arange(0, C)
+    eight = tl.arange(0, 8)[None, :]
     if TILED:
         mass = tl.broadcast_to(mass[None, :], [C, SP])
         ones = operand(tl.full([C, C], 1.0, tl.float32), PRECISION)
-    c = tl.arange(0, C)
-    past = c[:, None] >= c[None, :]
+    elif PRODUCTS:
+        mass = tl.broadcast_to(mass[:, None], [SP, 8])
+        ones = operand(tl.full([C, 8], 1.0, tl.float32), PRECISION)
+    first_of_eight = operand(tl.where((c >= 0)[:, None] & (eight == 0), 1.0, 0.0), PRECISION)
 
     for t in range(0, count, C):
         here = c < count - t
+        past = anew(c)[:, None] >= c[None, :]  # comparisons with constants; kept they would be unpacked each time
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         q = row_block(queries, qt, t, 0, here, C, D, DP, ALIGNED, DESCRIBED)
         phi_k = row_block(features, width, t, 0, here, C, SW, SP, ALIGNED, DESCRIBED)
@@ -200,14 +210,24 @@ def readout_kernel(
         score = dot(phi_q, tl.trans(phi_k), PRECISION)
         if HAS_DECAY:
             if CH > 0:
-                whole, part, since, left, kept = decay_so_far(fades, t, count, C, CH)
+                fade, since, left, kept = decay_so_far(fades, t, count, C, CH)
+                score *= tl.exp2(fade[:, None] - fade[None, :])
             else:
                 whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
-            score *= fading(whole, part, past, False, "bf16" if CH > 0 else PRECISION)
+                score *= fading(whole, part, past, False, PRECISION)
             phi_q = operand(phi * since[:, None], PRECISION)
         score = operand(tl.where(past, score, 0.0), PRECISION)
-        denominator = tl.sum(phi_q.to(tl.float32) * (mass if TILED else mass[None, :]), 1)
-        denominator += tl.sum(score.to(tl.float32), 1)
+        if PRODUCTS:
+            seen = dot(score, first_of_eight, PRECISION)
+            if TILED:
+                denominator = tl.sum(phi_q.to(tl.float32) * mass, 1) + tl.sum(seen, 1)
+            else:  # the mass in two parts
+                high = bfloat16_of(mass)
+                low = bfloat16_of(mass - high.to(tl.float32))
+                parts = tl.where(eight == 0, high, tl.where(eight == 1, low, 0.0))
+                denominator = tl.sum(add_dot(seen, phi_q, parts, PRECISION), 1)
+        else:
+            denominator = tl.sum(phi_q * (mass if TILED else mass[None, :]), 1) + tl.sum(score, 1)
         inverse = reciprocal(denominator)
         tl.store(inverses + t + c, inverse, mask=here)
 
@@ -217,8 +237,10 @@ def readout_kernel(
             mass *= kept
         if TILED:
             mass = add_dot(mass, ones, phi_left, PRECISION)
+        elif PRODUCTS:
+            mass = add_dot(mass, tl.trans(phi_left), ones, PRECISION)
         else:
-            mass += tl.sum(phi_left.to(tl.float32), 0)
+            mass += tl.sum(phi_left, 0)
         o = add_dot(dot(phi_q, by_bucket(operand(sums, PRECISION), TALL), PRECISION), score, v, PRECISION)
         store_block(outs, H * V, t, 0, here, o * inverse[:, None], C, V, VH, DESCRIBED)
         if HAS_DECAY:

@@ -121,6 +121,15 @@ def inverse_of(x):
 
 
 @triton.jit
+def anew(x):
+    """An int32 x, as if it changed: what follows from it is computed where it stands, not kept through a loop."""
+    if PTX:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
+    else:
+        return x
+
+
+@triton.jit
 def log2_of(x):
     """log2 of a normal x."""
     if PTX:
@@ -203,8 +212,9 @@ def add_fine_dot(total, a, b, FINE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, and 0 where x is 0: a query that sees no key. NaN stays NaN."""
-    return tl.where(x <= 0, 0.0, 1.0 / tl.where(x <= 0, 1.0, x))
+    """1 / x, and 0 where x is 0: a query that sees no key, or too little for a normal number. NaN stays NaN."""
+    nothing = x < 1.1754943508222875e-38
+    return tl.where(nothing, 0.0, inverse_of(tl.where(nothing, 1.0, x)))
 
 
 @triton.jit

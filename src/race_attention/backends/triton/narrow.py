@@ -324,13 +324,16 @@ def running_decay(base, stride, start, end, C: tl.constexpr):
 
 @triton.jit
 def decay_so_far(fades, t, count, C: tl.constexpr, CH: tl.constexpr):
-    """(whole, part, since, left, kept) of a block as :func:`block_decay`, from the sums that the keys' pass left."""
+    """(fade, since, left, kept) of a block from the sums that the keys' pass left; ``fade`` from the chunk's start.
+
+    The last three as :func:`block_decay`; fade is log2 of what is left, so that exp2 of a difference is the decay
+    between two tokens of the block. Past the end it is 0.
+    """
     c = tl.arange(0, C)
     past = tl.load(fades + t - 1, mask=t % CH > 0, other=0.0)
-    total = tl.load(fades + tl.minimum(t + C, count) - 1) - past
+    total = tl.load(fades + tl.minimum(t + C, count) - 1)
     fade = tl.load(fades + t + c, mask=c < count - t, other=0.0)
-    fade = tl.where(c < count - t, fade - past, total)
-    return fade * LOG2_E, fade, tl.exp(fade), tl.exp(total - fade), tl.exp(total)
+    return fade * LOG2_E, tl.exp(fade - past), tl.exp(total - fade), tl.exp(total - past)
 
 
 @triton.jit
