@@ -50,6 +50,17 @@ NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "qb", "qt", "qh", "kb", "kt", "kh", 
 NEVER_SPECIALIZED += ["mb", "mt", "mh", "gb", "gt", "gh"]
 
 
+@triton.jit
+def mass_of(mass, TILED: tl.constexpr, PRODUCTS: tl.constexpr):
+    """[SP] of the forms in which the kernels add it up."""
+    if TILED:
+        return tl.sum(mass, 0)
+    elif PRODUCTS:
+        return tl.sum(tl.where(tl.arange(0, 8)[None, :] == 0, mass, 0.0), 1)
+    else:
+        return mass
+
+
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] not in "qo"])
 def key_states_kernel(
     key, value, key_mask, log_decay, planes, beta, table, states, totals, key_features, key_hashes, inner, marks, fades,
@@ -69,6 +80,7 @@ def key_states_kernel(
     """
     S: tl.constexpr = L << P
     TILED: tl.constexpr = SP <= 32  # a sum over the tokens of a block at the end alone
+    PRODUCTS: tl.constexpr = PRECISION == "bf16"  # or by a product, once in eight columns
     width = tl.full([], SW, tl.int64)
     run = tl.program_id(0) // G
     group = tl.program_id(0) - run * G
@@ -94,14 +106,21 @@ def key_states_kernel(
     corners = load_corners(P, N, SP, PRECISION)
 
     sums = tl.zeros([VP, SP], tl.float32)
-    mass = tl.zeros([C, SP] if TILED else [SP], tl.float32)
+    if TILED:
+        mass = tl.zeros([C, SP], tl.float32)
+    elif PRODUCTS:
+        mass = tl.zeros([SP, 8], tl.float32)
+        ones = operand(tl.full([C, 8], 1.0, tl.float32), PRECISION)
+    else:
+        mass = tl.zeros([SP], tl.float32)
     total = tl.zeros([], tl.float64)
     for t in range(0, count, C):
         if CH > 0 and (KEEP or HAS_DECAY):
             if t % CH == 0:
                 if KEEP:
-                    now = tl.sum(mass, 0) if TILED else mass
-                    store_chunk(inner, marks, place, sums, now, so_far, S, SP, SW, V, VP, PRECISION)
+                    store_chunk(
+                        inner, marks, place, sums, mass_of(mass, TILED, PRODUCTS), so_far, S, SP, SW, V, VP, PRECISION
+                    )
                     place += G
                 if HAS_DECAY:
                     in_chunk = tl.zeros([], tl.float32)
@@ -131,10 +150,15 @@ def key_states_kernel(
         phi = operand(phi, PRECISION)
         sums = taken_up(sums, operand(v, PRECISION), phi, False, PRECISION)
         # Of the rounded weights: mass and sums stay consistent.
-        mass += phi.to(tl.float32) if TILED else tl.sum(phi.to(tl.float32), 0)
+        if TILED:
+            mass += phi.to(tl.float32)
+        elif PRODUCTS:
+            mass = add_dot(mass, tl.trans(phi), ones, PRECISION)
+        else:
+            mass += tl.sum(phi, 0)
     state = states + (run.to(tl.int64) * G + group) * (S * (V + 1))
     store_sums(state, sums, S, SP, V, VP, False)
-    store_mass(state, tl.sum(mass, 0) if TILED else mass, S, SP, V)
+    store_mass(state, mass_of(mass, TILED, PRODUCTS), S, SP, V)
     if HAS_DECAY:
         tl.store(totals + run.to(tl.int64) * G + group, total)
 
@@ -148,9 +172,9 @@ def readout_kernel(
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
     CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    DESCRIBED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    DESCRIBED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """out of a run of queries (programs: runs * H), contiguous [B, T, H, V], and 1 / denominators [B, H, T]."""
+    """out of a run of queries (programs: runs * H), contiguous [B, T, H, V]; with KEEP 1 / denominators [B, H, T]."""
     S: tl.constexpr = L << P
     TALL: tl.constexpr = SP >= 64
     H = G * SHARE
@@ -229,7 +253,8 @@ def readout_kernel(
         else:
             denominator = tl.sum(phi_q * (mass if TILED else mass[None, :]), 1) + tl.sum(score, 1)
         inverse = reciprocal(denominator)
-        tl.store(inverses + t + c, inverse, mask=here)
+        if KEEP:
+            tl.store(inverses + t + c, inverse, mask=here)
 
         phi_left = phi_k
         if HAS_DECAY:

@@ -21,7 +21,8 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
     runs = p.runs(of_keys=True)
     parts, totals = _key_states(p, runs)
     before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
-    clear_spare(before, runs)
+    if p.keep:
+        clear_spare(before, runs)
     mass, value_sum = scan(p, runs, parts, totals, before, initial)
     return readout(p, runs, before), mass, value_sum, before
 
@@ -57,7 +58,7 @@ def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
             p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, out, p.inverses,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, CH=p.shape.chunk, DESCRIBED=p.described,
-            **p.conditions, **options(p, "causal_readout"),
+            KEEP=p.keep, **p.conditions, **options(p, "causal_readout"),
         )  # fmt: skip
     return out
 
