@@ -30,7 +30,7 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
     """The state that the keys of each run leave, its total log decay [runs, G] float64; fills ``p.features``.
 
-    Descriptors only where addresses would make the kernel spill: elsewhere its loads, further ahead, hide more.
+    Descriptors only where addresses would make the kernel spill: elsewhere it is no faster with them.
     """
     states = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
