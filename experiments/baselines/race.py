@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from race_attention import RaceAttention
 from race_attention.attention import choose_backend
@@ -13,47 +13,18 @@ from race_attention.checks import check
 
 
 class RaceMixer(RaceAttention):
-    """The layer itself; every keyword of it is an option (``tables``, ``planes``, ``conv_size``, ``decay``...).
-
-    Args:
-        weigh_values: multiplies each key head's value by sigmoid of a linear function of the token, an experiment: RACE
-            sees the angle of a key and not its length, so that a token cannot say how much it counts. With
-            ``norm_gate``, whose norm takes the scale out again, this weighs the keys.
-    """
+    """The layer itself; every keyword of it is an option (``tables``, ``planes``, ``conv_size``, ``decay``...)."""
 
     recurrent = True
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        causal: bool,
-        max_length: int,
-        seed: int = 0,
-        weigh_values: bool = False,
-        **options: Any,
-    ) -> None:
+    def __init__(self, dim: int, heads: int, *, causal: bool, max_length: int, seed: int = 0, **options: Any) -> None:
         super().__init__(dim, heads, causal=causal, seed=seed, **options)
         self.max_length = max_length  # unused: the state has the same size at any length
-        self.weight_proj = nn.Linear(dim, self.num_kv_heads, bias=False) if weigh_values else None
-        self._weight: Tensor | None = None
 
     def forward(  # type: ignore[override]
         self, x: Tensor, *, key_padding_mask: Tensor | None = None, state: Any = None, return_state: bool = False
     ) -> Any:
-        if self.weight_proj is not None:
-            self._weight = self.weight_proj(x).sigmoid()  # for _convolve, which does not see x
-        try:
-            return super().forward(x, key_padding_mask=key_padding_mask, state=state, return_state=return_state)
-        finally:
-            self._weight = None
-
-    def _convolve(self, *arguments: Any) -> Any:
-        query, key, value, tail = super()._convolve(*arguments)
-        if self._weight is not None:
-            value = (value.unflatten(-1, (self.num_kv_heads, -1)) * self._weight.unsqueeze(-1)).flatten(-2)
-        return query, key, value, tail
+        return super().forward(x, key_padding_mask=key_padding_mask, state=state, return_state=return_state)
 
     @torch.no_grad()
     def backend(self, dtype: torch.dtype) -> str:
