@@ -86,7 +86,7 @@ def short_chunks(one_run: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """Chunks of 16 tokens, several to a run."""
     from race_attention.backends.triton import plan
 
-    monkeypatch.setattr(plan, "CHUNK", 16)
+    monkeypatch.setattr(plan, "CHUNKS", dict.fromkeys(plan.CHUNKS, 16))
     plan.forget()
     yield
     monkeypatch.undo()
@@ -166,7 +166,7 @@ def test_sums_before_chunks(lengths: tuple[int, ...] | None, decay: str | None) 
     features, inner, marks, fades = results[5:]
     shape = shape_of(inputs["query"], inputs["value"], inputs["hyperplanes"])
     length = plan.runs_of(rows, 75, 2, *plan.run_lengths(shape, True), bounds).length
-    assert length > plan.CHUNK
+    assert length > shape.chunk
     phi = features.flatten()[: rows * 2 * 75 * shape.row].view(rows, 2, 75, shape.row).double()
     ends = [0, 75] if bounds is None else bounds.tolist()
     log_decay = inputs.get("log_decay")

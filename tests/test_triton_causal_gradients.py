@@ -22,12 +22,14 @@ pytestmark = pytest.mark.skipif(
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 DTYPES = (FLOAT16,) if INTERPRETED else (FLOAT16, BFLOAT16)
 
-#: Chunks are 128 tokens, blocks 64 and with large heads 32: one token more, one less, and all of it at once.
+#: Chunks are 128 tokens, of more than 16 buckets 64, blocks 64 and with large heads 32: one token more, one less, and
+#: all of it at once.
 SHAPES: dict[str, dict[str, Any]] = {
     "half-a-chunk": {"tokens": 64},
     "one-token-over": {"tokens": 129, "decay": "token"},
     "one-token-short": {"tokens": 255, "decay": "head", "planes": 1, "tables": 3},
     "full-tile": {"tokens": 200, "planes": 4, "tables": 4, "heads": 2, "kv_heads": 1, "decay": "token"},
+    "three-planes": {"tokens": 130, "planes": 3, "tables": 3, "heads": 4, "kv_heads": 2, "decay": "token"},
     "batch": {"batch": 2, "tokens": 140, "masked": 0.3, "decay": "token", "initial_state": True},
     "large-heads": {"tokens": 140, "value_dim": 130, "decay": "token"},
     "packed": {"lengths": (70, 0, 1, 200, 128, 63), "decay": "token", "initial_state": True},

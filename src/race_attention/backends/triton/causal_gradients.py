@@ -72,6 +72,26 @@ def load_given(base, V: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr, SW: tl
 
 
 @triton.jit
+def by_parts(
+    x, parts, chunk, kept, V: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
+):  # fmt: skip
+    """x [C, VP] by value sums that lie in memory: ``kept`` times the two parts of a run's, and a chunk's. [C, SP].
+
+    A loop, since its loads are then under way together and reach the products past the registers.
+    """
+    y = tl.zeros([C, SP], tl.float32)
+    size: tl.constexpr = V * SW
+    apart = (chunk.to(tl.int64) - parts.to(tl.int64)) // 2 - 2 * size  # two bytes a number
+    for i in tl.range(0, 3, num_stages=3):
+        if HAS_DECAY:
+            y *= tl.where(i == 2, kept, 1.0)
+        at = tl.multiple_of(tl.where(i < 2, 0, apart) + i * size, 8)
+        y = tl.dot(x, load_given(parts + at, V, VP, SP, SW), y)
+    return y
+
+
+@triton.jit
 def store_hashes(base, t, here, x, C: tl.constexpr, N: tl.constexpr, YW: tl.constexpr):
     n = tl.arange(0, N)
     at = (base + t * YW) + (tl.arange(0, C)[:, None] * YW + n[None, :])
@@ -206,6 +226,7 @@ def query_gradient_kernel(
     past = c[:, None] >= c[None, :]
 
     state = before + (run.to(tl.int64) * G + group) * (S * (V + 1))
+    kept = tl.full([], 1.0, tl.float32)
     mass = load_mass(state, S, SP, V)
     if SPLIT:
         sums = tl.zeros([VP, SP], tl.float32)
@@ -260,11 +281,7 @@ def query_gradient_kernel(
         score = dot(seen, tl.trans(phi_k), PRECISION)
         if SPLIT:
             parts = before_parts + (run.to(tl.int64) * G + group) * (2 * V * SW)
-            grad_phi = tl.dot(do, load_given(parts, V, VP, SP, SW))
-            grad_phi = tl.dot(do, load_given(parts + V * SW, V, VP, SP, SW), grad_phi)
-            if HAS_DECAY:
-                grad_phi *= kept
-            grad_phi = tl.dot(do, load_given(inner, V, VP, SP, SW), grad_phi)
+            grad_phi = by_parts(do, parts, inner, kept, V, VP, SP, SW, C, HAS_DECAY)
             if CH > C:
                 if first % CH > 0:
                     if HAS_DECAY:

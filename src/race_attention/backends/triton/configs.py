@@ -25,11 +25,13 @@ class Config:
 
     Attributes:
         block: C, tokens of a block. warps, stages: Triton's num_warps and num_stages.
+        registers: a thread's at most, Triton's maxnreg, on NVIDIA alone; 0 where the compiler chooses.
     """
 
     block: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 #: Tokens of the longest runs, where a program carries the state from block to block.
@@ -75,13 +77,14 @@ def key(kernel: str, dim: int, value_dim: int, buckets: int, dtype: torch.dtype)
 
 
 #: (block, warps, stages) by buckets of a tile, 16-bit inputs, D and Dv up to 128: measured on an H200 with D = 128.
-_MEASURED = {
+#: With 168 registers at most, three programs of four warps run on a multiprocessor, with 128 four.
+_MEASURED: dict[str, dict[int, tuple[int, ...]]] = {
     "accumulate": {16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
     "causal_key_states": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 2)},
     "causal_readout": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
     "causal_adjoint": {16: (64, 4, 3), 32: (64, 4, 2), 64: (64, 4, 2)},
-    "causal_query_gradient": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
-    "causal_key_gradient": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
+    "causal_query_gradient": {16: (64, 4, 2), 32: (64, 4, 2, 168), 64: (64, 4, 2)},
+    "causal_key_gradient": {16: (64, 4, 2), 32: (64, 4, 2, 168), 64: (64, 4, 2)},
     "full_accumulate": {16: (64, 4, 3), 32: (64, 4, 3), 64: (128, 8, 3)},
     "full_readout": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 4)},
     "full_query_gradient": {16: (64, 4, 2), 32: (64, 4, 2), 64: (128, 8, 1)},

@@ -33,8 +33,9 @@ from . import configs
 
 #: States of at most this many more runs than long runs need are kept, so that short inputs fill a GPU too.
 EXTRA_RUNS = 512
-#: CH, tokens of a chunk, of 16-bit inputs. A state of S = 64 in a place then is half as much as a tensor's chunk.
-CHUNK = 128
+#: CH, tokens of a chunk of 16-bit inputs, by buckets of a tile. As short as a block, no block of the gradients' has to
+#: take up another; but a state of S = 64 is then as much as a tensor's chunk, and memory bounds the few buckets.
+CHUNKS = {16: 128, 32: 64, 64: 64}
 #: Tokens of a sub-run of the wide causal kernels: between two of them a state lies in memory, inside one all pairs of
 #: tokens are compared.
 SUB_RUN = 256
@@ -91,7 +92,7 @@ class Shape:
     @property
     def chunk(self) -> int:
         """CH, the tokens of a chunk; 0 where programs carry the state along their run."""
-        return CHUNK if self.narrow and self.dtype != torch.float32 else 0
+        return CHUNKS[self.tile] if self.narrow and self.dtype != torch.float32 else 0
 
     def rows_of(self, tile: int) -> int:
         """N for tiles of so many buckets."""
@@ -156,6 +157,7 @@ def options(shape: Shape, kernel: str, tiles: bool, aligned: bool, packed: bool)
         "PACKED": packed,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        **({"maxnreg": config.registers} if config.registers and torch.version.hip is None else {}),
     }
 
 
