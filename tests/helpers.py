@@ -13,12 +13,13 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from race_attention import RaceState, race_attention
+from race_attention import RaceState, race_attention, testing
 from race_attention.testing import assert_within_budget, leaves, make_inputs, oracle, runnable_backends
 
 Inputs = dict[str, Any]
@@ -297,10 +298,40 @@ def evaluate(route: Route, inputs: Inputs, **how: Any) -> dict[str, Tensor]:
     return {name: x.detach() for name, x in results.items()}
 
 
+class Right(dict[str, Tensor]):
+    """What the oracle says, float64; and of the gradient of beta, a sum over all tokens, how large the terms are.
+
+    Soft buckets that are rounded to 16 bits move each token's term by a part of its own size, whatever else is exact:
+    the sum then moves by that part of the root of the terms' sum of squares, and not of itself. With bfloat16 buckets
+    and float64 for all else, terms of 1.0 that add up to 0.015 (the case "one-token-short" of
+    test_triton_causal_gradients.py) give a sum that is 1.6 % off; the terms are good to 0.03 %.
+    """
+
+    terms_of_beta: float = 0.0
+
+
+def by_oracle(inputs: Inputs) -> Right:
+    """Results and gradients of the float64 oracle, for inputs as they are."""
+    squares: list[Tensor] = []
+
+    def for_each_token(x: Tensor, planes: Tensor, beta: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+        share = x.shape[2] // planes.shape[0]
+        beta = beta.repeat_interleave(share, 0).expand(x.shape[:3]).clone()
+        if beta.requires_grad:
+            beta.register_hook(lambda gradient: squares.append(gradient.square().sum()))
+        return sides(x, planes.repeat_interleave(share, 0), beta, floor)
+
+    sides = testing._side_probabilities
+    with mock.patch.object(testing, "_side_probabilities", for_each_token):
+        right = Right(evaluate(lambda x: oracle(**x, return_state=True), in_double(inputs)))
+    right.terms_of_beta = float(sum(squares)) ** 0.5
+    return right
+
+
 @functools.lru_cache(maxsize=64)
-def expected(case: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the oracle says of a case whose inputs are rounded to ``dtype``; the results are float64."""
-    return evaluate(lambda inputs: oracle(**inputs, return_state=True), in_double(inputs_of(case, dtype)))
+def expected(case: str, dtype: torch.dtype) -> Right:
+    """What the oracle says of a case whose inputs are rounded to ``dtype``."""
+    return by_oracle(inputs_of(case, dtype))
 
 
 def assert_equal_results(actual: dict[str, Tensor], right: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -310,7 +341,9 @@ def assert_equal_results(actual: dict[str, Tensor], right: dict[str, Tensor], dt
             assert torch.equal(actual[name].cpu(), value.cpu()), f"tokens: {actual[name]} and not {value}"
             continue
         direction = "backward" if name.startswith("gradient") else "forward"
-        assert_within_budget(actual[name], value, dtype, direction, name=name)
+        halves = dtype in (torch.bfloat16, torch.float16)
+        scale = right.terms_of_beta if name == "gradient of beta" and halves and isinstance(right, Right) else 0.0
+        assert_within_budget(actual[name], value, dtype, direction, scale=scale, name=name)
 
 
 def check(backend: Backend, dtype: torch.dtype, case: str, route: Route, **options: Any) -> None:

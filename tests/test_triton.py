@@ -14,7 +14,7 @@ import torch
 
 from race_attention.features import bucket_weights, sample_hyperplanes
 from race_attention.testing import assert_within_budget, make_inputs, oracle
-from tests.helpers import CASES, LONG_CASES, assert_equal_results, evaluate, expected, in_double, whole
+from tests.helpers import CASES, LONG_CASES, assert_equal_results, by_oracle, evaluate, expected, in_double, whole
 
 pytest.importorskip("triton")
 from race_attention import race_attention
@@ -115,7 +115,7 @@ def test_one_side_without_tokens(missing: str, kv_heads: int) -> None:
     given = {"tokens": 0 if missing == "queries" else 40, "keys": 0 if missing == "keys" else 40}
     options = {"batch": 2, "heads": 2, "kv_heads": kv_heads, "dim": 16, "initial_state": True, "requires_grad": True}
     inputs = make_inputs(**given, **options, device=DEVICE)
-    right = evaluate(lambda inputs: oracle(**inputs, return_state=True), in_double(inputs))
+    right = by_oracle(inputs)
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, FLOAT32)
 
 

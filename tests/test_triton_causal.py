@@ -12,7 +12,7 @@ import torch
 
 from race_attention import race_attention
 from race_attention.testing import assert_within_budget, make_inputs, oracle
-from tests.helpers import assert_equal_results, evaluate, in_double, whole
+from tests.helpers import assert_equal_results, by_oracle, evaluate, in_double, whole
 
 pytest.importorskip("triton")
 
@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def _check(options: dict[str, Any], dtype: torch.dtype) -> None:
     given = {"causal": True, "batch": 1, "tokens": 70, "heads": 1} | options
     inputs = make_inputs(**given, dtype=dtype, device=DEVICE, requires_grad=True, seed=5)
-    right = evaluate(lambda x: oracle(**x, return_state=True), in_double(inputs))
+    right = by_oracle(inputs)
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
 
 
@@ -74,7 +74,7 @@ def test_gradients_where_values_have_a_common_part() -> None:
         name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in inputs.items()
     }
-    right = evaluate(lambda x: oracle(**x, return_state=True), in_double(inputs))
+    right = by_oracle(inputs)
     got = evaluate(whole, inputs, backend="triton")
     for name in ("query", "key", "log_decay"):
         error = (got[f"gradient of {name}"].cpu().double() - right[f"gradient of {name}"]).norm()

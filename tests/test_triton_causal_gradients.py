@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from race_attention.testing import make_inputs, oracle
-from tests.helpers import assert_equal_results, evaluate, in_double, whole
+from race_attention.testing import make_inputs
+from tests.helpers import assert_equal_results, by_oracle, evaluate, whole
 
 pytest.importorskip("triton")
 
@@ -51,7 +51,7 @@ def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def _check(options: dict[str, Any], dtype: torch.dtype) -> None:
     given: dict[str, Any] = {"causal": True, "batch": 1, "heads": 1, "dim": 6, "planes": 2, "tables": 2} | options
     inputs = make_inputs(**given, dtype=dtype, device=DEVICE, requires_grad=True, seed=8)
-    right = evaluate(lambda x: oracle(**x, return_state=True), in_double(inputs))
+    right = by_oracle(inputs)
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
 
 
@@ -92,5 +92,5 @@ def test_decays_that_forget_all(every: int, dtype: torch.dtype) -> None:
         name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in inputs.items()
     }
-    right = evaluate(lambda x: oracle(**x, return_state=True), in_double(inputs))
+    right = by_oracle(inputs)
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)

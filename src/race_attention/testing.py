@@ -231,10 +231,13 @@ class _Run:
 
 
 def _side_probabilities(x: Tensor, hyperplanes: Tensor, beta: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """(1 + a) / 2 and (1 - a) / 2 of every token and plane, [B, T, heads, L, P]: its chance of either side."""
+    """(1 + a) / 2 and (1 - a) / 2 of every token and plane, [B, T, heads, L, P]: its chance of either side.
+
+    ``beta`` is [heads], or one for each token, [B, T, heads].
+    """
     share = x.shape[2] // hyperplanes.shape[0]
     projection = torch.einsum("bthd,hlpd->bthlp", x, hyperplanes.repeat_interleave(share, 0))
-    logit = 2 * beta.repeat_interleave(share, 0)[:, None, None] * projection.tanh()  # (1 + tanh z)/2 = sigmoid(2z)
+    logit = 2 * beta.repeat_interleave(share, -1)[..., None, None] * projection.tanh()  # (1 + tanh z)/2 = sigmoid(2z)
     return (1 - floor) * logit.sigmoid() + floor / 2, (1 - floor) * (-logit).sigmoid() + floor / 2
 
 
