@@ -149,6 +149,10 @@ def key_states_kernel(
             total += log_kept.to(tl.float64)
         phi = operand(phi, PRECISION)
         sums = taken_up(sums, operand(v, PRECISION), phi, False, PRECISION)
+        if HAS_DECAY and PRECISION == "bf16" and v.dtype == tl.float16:
+            # Three bits more: at a run's end log_decay's gradient is anchored at the state, and goes on with v itself.
+            rest = v.to(tl.float32) - operand(v, PRECISION).to(tl.float32)
+            sums = taken_up(sums, operand(rest, PRECISION), phi, False, PRECISION)
         # Of the rounded weights: mass and sums stay consistent.
         if TILED:
             mass += phi.to(tl.float32)
