@@ -49,7 +49,6 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
     small = wide_configs.Tiles(
         width=0,
-        features=(32, 64, 4, 1),
         feature_gradients=(32, 128, 4, 1),
         accumulate=(16, 64, 32, 4, 1),
         readout=(32, 16, 128, 32, 4, 1),

@@ -1,4 +1,4 @@
-"""Causal kernels for heads whose buckets fill several tiles: linear attention over stored soft buckets.
+"""Causal kernels for heads whose buckets fill several tiles: linear attention, buckets computed where they are used.
 
 Three lengths cut the tokens: *runs* carry a state in registers and are scanned over as in
 :mod:`race_attention.backends.triton.causal`; a run consists of *sub-runs* of SUB tokens, and the state between two of
@@ -6,10 +6,12 @@ them, of the run alone, is left in memory (``local``); *blocks* of C tokens are 
 owns. Inside a sub-run a block compares its tokens with those of the other blocks, so that no program ever holds a
 state, and all of them run at once.
 
-Scratch tensors have one *line* a token, for the tokens of the runs from ``first`` on: ``phi`` [lines, heads, SW], the
-buckets padded to SW with zeros. The state between two sub-runs, before token ``t``, lies in slot ``line of t // SUB``,
-which no other has: such tokens are at least SUB apart. Gradients use the same tensors mirrored. Shape letters are
-those of :mod:`race_attention.backends.triton.device`; SB buckets and VB of the Dv columns make a tile.
+A program computes the buckets of its own tokens. What tokens are compared by lies in memory, one *line* a token of the
+runs from ``first`` on: with HALVES the buckets of the halves of each table's planes, see
+:mod:`race_attention.backends.triton.wide_features`, else all buckets padded with zeros to SW: ``features``
+[lines, heads, FW]. The state between two sub-runs, before token ``t``, lies in slot ``line of t // SUB``, which no
+other has: such tokens are at least SUB apart. Gradients use the same tensors mirrored. Shape letters are those of
+:mod:`race_attention.backends.triton.device`; SB buckets and VB of the Dv columns make a tile, GB buckets a group.
 """
 
 from __future__ import annotations
@@ -21,23 +23,20 @@ import triton.language as tl
 
 from .device import (
     add_dot,
-    buckets,
-    corner_signs,
-    dot,
     fine_dot,
     keys_inside,
     load_decay,
-    load_planes,
     load_rows,
     operand,
-    project,
     reciprocal,
     run_bounds,
     whole_rows,
 )
+from .narrow import hashed
+from .wide_features import buckets_at, halves_of, kernel_of, load_group, side_logs, store_halves
 
 NEVER_SPECIALIZED = ["first", "lines", "T", "RUN", "SUB", "NC", "G", "BLOCKS"]
-NEVER_SPECIALIZED += ["xb", "xt", "xh", "vb", "vt", "vh", "ob", "ot", "oh", "mb", "mt", "mh", "gb", "gt", "gh"]
+NEVER_SPECIALIZED += ["xb", "xt", "xh", "qb", "qt", "qh", "vb", "vt", "vh", "ob", "ot", "oh", "mb", "mt", "mh", "gb", "gt", "gh"]
 
 
 def kernel(function: Any) -> Any:
@@ -113,46 +112,6 @@ def weights(past, later_whole, later_part, whole, part):
     return tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
 
 
-# --------------------------------------------------------------------------------------------- features
-
-
-@kernel
-def features_kernel(
-    x, key_mask, planes, beta, table, phi,
-    xb: tl.int64, xt: tl.int64, xh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
-    first: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
-    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
-    SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
-    """The buckets of queries (x [B, T, H, D]) or, SHARE = 1, of keys (programs: runs * blocks * H)."""
-    S: tl.constexpr = L << P
-    H = G * SHARE
-    head = tl.program_id(0) % H
-    block = tl.program_id(0) // H % BLOCKS
-    run = first + tl.program_id(0) // H // BLOCKS
-    group = head // SHARE
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
-    if t >= end:
-        return
-    x += whole_rows(batch * xb + head * xh, ALIGNED)
-    key_mask += batch * mb + group * mh
-    phi += ((line + block * C) * H + head) * SW
-    c = tl.arange(0, C)
-    inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-    rows = load_rows(x, xt, t, inside, C, D, DP, ALIGNED)
-    b = tl.load(beta + group)
-    for tile in tl.static_range(SW // SP):
-        w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-        up, down = corner_signs(tile, P, N, SP, PRECISION)
-        s = tile * SP + tl.arange(0, SP)
-        x_phi = buckets(project(rows, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-        x_phi = tl.where(inside[:, None] & (s < S)[None, :], x_phi, 0.0)
-        pointer = phi + ((c * (H * SW).to(tl.int32))[:, None] + s[None, :])
-        tl.store(pointer, operand(x_phi, PRECISION), mask=(t + c < end)[:, None])
-
-
 # ------------------------------------------------------------------------------------------------- decay
 
 
@@ -197,17 +156,20 @@ def decay_kernel(
 
 @kernel
 def accumulate_kernel(
-    phi, x, key_mask, deltas, inverses, ages, table, states, local, local_mass,
-    xb: tl.int64, xt: tl.int64, xh: tl.int64, mb: tl.int64, mt: tl.int64, mh: tl.int64,
+    x, rows, key_mask, planes, beta, deltas, inverses, ages, table, features, states, local, local_mass,
+    xb: tl.int64, xt: tl.int64, xh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
+    mb: tl.int64, mt: tl.int64, mh: tl.int64,
     first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
-    SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    LIFT: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
+    PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr, HALVES: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_DECAY: tl.constexpr, MIRRORED: tl.constexpr,
 ):  # fmt: skip
-    """The state that each run leaves, and those between its sub-runs (programs: runs * G * tiles).
+    """The state that each run leaves, those between its sub-runs, and ``features`` (programs: runs * G * tiles).
 
-    phi and x are those of keys and values; MIRRORED, those of queries and grad_out, from the last block to the first:
-    the gradient of the state before each run.
+    x and rows are keys and values; MIRRORED, queries and grad_out, from the last block to the first: the gradient of
+    the state before each run.
     """
     NV: tl.constexpr = (V + VB - 1) // VB
     NT: tl.constexpr = SW // SB
@@ -219,12 +181,17 @@ def accumulate_kernel(
     s = tile // NV * SB + tl.arange(0, SB)
     v = tile % NV * VB + tl.arange(0, VB)
     key_mask += batch * mb + group * mh
+    b = tl.load(beta + group)
+    of_table = tile // NV * SB >> P
+    w = load_group(planes, group, of_table, L, P, D, DP, N, PRECISION)
     c = tl.arange(0, C)
     state_at = s[:, None] * V + v[None, :]
     fits = (s < S)[:, None] & (v < V)[None, :]
     fits_mass = s + tile % NV * S < S  # once, by the first columns
     value_sum = tl.zeros([SB, VB], tl.float32)
-    mass = tl.zeros([SB], tl.float32)
+    masses = tl.zeros([SB, 16], tl.float32)  # in one or two columns of a product: no sum over warps in the loop
+    column = tl.arange(0, 16)[None, :]
+    ones = operand(tl.where((c[:, None] >= 0) & (column == 0), 1.0, 0.0), PRECISION)
     blocks = (end - start + C - 1) // C
     for i in range(0, blocks * SHARE):
         t = start + (blocks - 1 - i // SHARE if MIRRORED else i) * C
@@ -234,12 +201,24 @@ def accumulate_kernel(
         if not MIRRORED:
             if between:
                 tl.store(local + slot * V + state_at, value_sum.to(local.dtype.element_ty), mask=fits)
-                tl.store(local_mass + slot + s, mass, mask=fits_mass)
+                tl.store(local_mass + slot + s, tl.sum(masses, 1), mask=fits_mass)
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        rows = load_columns(x + whole_rows(batch * xb + head * xh, ALIGNED), xt, t, inside, tile % NV * VB,
-                            V, C, VB, ALIGNED)  # fmt: skip
-        rows_phi = load_columns(phi + ((line + t - start) * H + head) * SW, H * SW, 0, t + c < end, tile // NV * SB,
-                                SW, C, SB, True)  # fmt: skip
+        of_x = load_rows(x + whole_rows(batch * xb + head * xh, ALIGNED), xt, t, inside, C, D, DP, ALIGNED)
+        of_rows = load_columns(rows + whole_rows(batch * vb + head * vh, ALIGNED), vt, t, inside, tile % NV * VB,
+                               V, C, VB, ALIGNED)  # fmt: skip
+        logs = side_logs(hashed(of_x, w, C, N, PRECISION), b, C, N, PRECISION)
+        phi = buckets_at(logs, tile // NV * SB, of_table, C, SB, S, P, N, LIFT, PRECISION)
+        if HAS_MASK or not MIRRORED:
+            phi = tl.where(inside[:, None], phi, 0.0)
+        to = features + (line + t - start) * (H * FW) + head * FW
+        if HALVES:
+            if (tile % NV == 0) & (tile // NV * SB % (1 << P) == 0):
+                store_halves(to, H * FW, logs, of_table, inside, t + c < end, C, L, SB, P, PL, N, HW, FW, LIFT,
+                             PRECISION)  # fmt: skip
+        else:
+            if tile % NV == 0:
+                tl.store(to + ((c * (H * FW).to(tl.int32))[:, None] + s[None, :]), operand(phi, PRECISION),
+                         mask=(t + c < end)[:, None])  # fmt: skip
         if HAS_DECAY:
             whole, part = load_ages(ages, lines, G, group, line + t - start, t + c < end, C)
             end_whole, end_part = load_age(ages, lines, G, group, line + tl.minimum(t + C, end) - 1 - start, True)
@@ -248,7 +227,7 @@ def accumulate_kernel(
             if SHARE > 1:
                 kept = tl.where(i % SHARE == 0, kept, 1.0)
             value_sum *= kept
-            mass *= kept
+            masses *= kept
         if MIRRORED:
             at = (batch * H + head) * T + t + c
             delta = tl.load(deltas + at, mask=t + c < end, other=0.0)
@@ -256,45 +235,75 @@ def accumulate_kernel(
             if HAS_DECAY:
                 age = (whole - new_whole) + (part - new_part)
                 weight *= tl.exp(tl.where(t + c < end, age, 0.0))  # past the end it would grow
-            rows_phi = operand(rows_phi.to(tl.float32) * weight[:, None], PRECISION)
-            mass -= tl.sum(rows_phi.to(tl.float32) * delta[:, None], 0)
+            phi = operand(phi * weight[:, None], PRECISION)
+            high = operand(-delta, PRECISION).to(tl.float32)
+            of_mass = tl.where(column == 0, high[:, None], tl.where(column == 1, (-delta - high)[:, None], 0.0))
+            masses = add_dot(masses, tl.trans(phi), operand(of_mass, PRECISION), PRECISION)
         else:
             if HAS_DECAY:
-                left = tl.exp((end_whole - whole) + (end_part - part))
-                rows_phi = operand(rows_phi.to(tl.float32) * left[:, None], PRECISION)
-            mass += tl.sum(rows_phi.to(tl.float32), 0)
-        value_sum = add_dot(value_sum, tl.trans(rows_phi), operand(rows, PRECISION), PRECISION)
+                phi *= tl.exp((end_whole - whole) + (end_part - part))[:, None]
+            phi = operand(phi, PRECISION)
+            masses = add_dot(masses, tl.trans(phi), ones, PRECISION)
+        value_sum = add_dot(value_sum, tl.trans(phi), operand(of_rows, PRECISION), PRECISION)
         if MIRRORED:
             if between & (i % SHARE == SHARE - 1):
                 tl.store(local + slot * V + state_at, value_sum.to(local.dtype.element_ty), mask=fits)
-                tl.store(local_mass + slot + s, mass, mask=fits_mass)
+                tl.store(local_mass + slot + s, tl.sum(masses, 1), mask=fits_mass)
     state = states + (run * G + group) * (S * (V + 1))
     tl.store(state + state_at, value_sum, mask=fits)
-    tl.store(state + S * V + s, mass, mask=fits_mass)
+    tl.store(state + S * V + s, tl.sum(masses, 1), mask=fits_mass)
 
 
 # ----------------------------------------------------------------------------------------------- readout
 
 
+@triton.jit
+def from_state(
+    numerator, denominator, logs, first, state, local, local_mass, kept, has_local, features, stride, here, v,
+    C: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LIFT: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
+    GB: tl.constexpr, PIECE: tl.constexpr, HALVES: tl.constexpr, FINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what the state gives by the GB buckets from ``first`` on, whose logarithms these are."""
+    for at in tl.range(first, first + GB, PIECE, num_stages=1):
+        phi = operand(buckets_at(logs, at, first >> P, C, PIECE, S, P, N, LIFT, PRECISION), PRECISION)
+        s = at + tl.arange(0, PIECE)
+        value_sum, mass = load_between(state, local, local_mass, kept, has_local, s, v, S, V)
+        if FINE:
+            numerator += fine_dot(phi, value_sum, PRECISION)
+        else:
+            numerator = add_dot(numerator, phi, operand(value_sum, PRECISION), PRECISION)
+        denominator += tl.sum(phi.to(tl.float32) * mass[None, :], 1)
+        if not HALVES:
+            to = features + ((tl.arange(0, C) * stride.to(tl.int32))[:, None] + s[None, :])
+            tl.store(to, phi, mask=here[:, None])
+    return numerator, denominator
+
+
 @kernel
 def readout_kernel(
-    phi_q, phi_k, value, key_mask, ages, boundaries, table, before, local, local_mass, grad_out, out, inverses, deltas,
+    query, features_q, features_k, value, key_mask, planes, beta, ages, boundaries, table, before, local, local_mass,
+    grad_out, out, inverses, deltas,
+    qb: tl.int64, qt: tl.int64, qh: tl.int64,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64,
     first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
     BLOCKS: tl.int64,
-    SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    LIFT: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, GB: tl.constexpr,
+    SB: tl.constexpr, PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr, HALVES: tl.constexpr,
     C: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, FEW: tl.constexpr, OF_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """out of a block of queries (programs: runs * blocks * H * column tiles).
 
-    ``out`` is contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators.
+    ``out`` is contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators. Without HALVES the buckets go
+    through ``features_q``: they fill the registers.
 
     OF_GRADIENT, with all columns in one tile: ``deltas`` instead, grad_out . out before out is rounded. The gradient
     of a decay is a running sum, in which the rounding of out would pile up.
     """
     NV: tl.constexpr = (V + VB - 1) // VB
+    PIECE: tl.constexpr = FEW if OF_GRADIENT else SB
     H = G * SHARE
     column = tl.program_id(0) % NV * VB
     head = tl.program_id(0) // NV % H
@@ -305,10 +314,12 @@ def readout_kernel(
     t = start + block * C
     if t >= end:
         return
+    query += whole_rows(batch * qb + head * qh, ALIGNED)
     value += whole_rows(batch * vb + group * vh, ALIGNED)
     key_mask += batch * mb + group * mh
-    phi_q += ((line + t - start) * H + head) * SW
-    phi_k += (line * G + group) * SW
+    features_q += ((line + t - start) * H + head) * FW
+    features_k += (line * G + group) * FW
+    b = tl.load(beta + group)
     c = tl.arange(0, C)
     v = column + tl.arange(0, VB)
     queries = t + c < end
@@ -322,39 +333,45 @@ def readout_kernel(
 
     numerator = tl.zeros([C, VB], tl.float32)
     denominator = tl.zeros([C], tl.float32)
-    if OF_GRADIENT:
-        for at in tl.range(0, SW, FEW, num_stages=1):
-            q = load_columns(phi_q, H * SW, 0, queries, at, SW, C, FEW, True)
-            value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
-                                           at + tl.arange(0, FEW), v, S, V)  # fmt: skip
-            numerator += fine_dot(q, value_sum, PRECISION)
-            denominator += tl.sum(q.to(tl.float32) * mass[None, :], 1)
+    rows_q = load_rows(query, qt, t, queries, C, D, DP, ALIGNED)
+    local += slot * (S * V)
+    local_mass += slot * S
+    if HALVES:
+        w = load_group(planes, group, 0, L, P, D, DP, N, PRECISION)
+        logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
+        numerator, denominator = from_state(
+            numerator, denominator, logs, 0, state, local, local_mass, kept, sub > start, features_q, H * FW, queries,
+            v, C, P, N, LIFT, V, S, GB, PIECE, HALVES, OF_GRADIENT, PRECISION,
+        )  # fmt: skip
     else:
-        for at in tl.range(0, SW, SB, num_stages=1):
-            q = load_columns(phi_q, H * SW, 0, queries, at, SW, C, SB, True)
-            value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
-                                           at + tl.arange(0, SB), v, S, V)  # fmt: skip
-            numerator = add_dot(numerator, q, operand(value_sum, PRECISION), PRECISION)
-            denominator += tl.sum(q.to(tl.float32) * mass[None, :], 1)
+        for at in range(0, SW, GB):
+            w = load_group(planes, group, at >> P, L, P, D, DP, N, PRECISION)
+            logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
+            numerator, denominator = from_state(
+                numerator, denominator, logs, at, state, local, local_mass, kept, sub > start, features_q, H * FW,
+                queries, v, C, P, N, LIFT, V, S, GB, PIECE, HALVES, OF_GRADIENT, PRECISION,
+            )  # fmt: skip
     if HAS_DECAY:
         since = tl.exp(q_whole + q_part)
         numerator *= since[:, None]
         denominator *= since
 
-    if SW == SB:
-        q = load_columns(phi_q, H * SW, 0, queries, 0, SW, C, SB, True)
+    if HALVES:
+        halves = halves_of(logs, C, L, P, PL, N, HW, LIFT, PRECISION)
+    else:
+        tl.debug_barrier()
     for u in range(sub, tl.minimum(t + C, end), CK):
         j = u + tl.arange(0, CK)
         inside = keys_inside(key_mask, mt, u, end, CK, HAS_MASK)
-        if SW == SB:
-            k = load_columns(phi_k + (u - start) * (G * SW), G * SW, 0, j < end, 0, SW, CK, SB, True)
-            score = dot(q, tl.trans(k), PRECISION)
+        of_k = features_k + (u - start) * (G * FW)
+        if HALVES:
+            score = kernel_of(halves, of_k, G * FW, j < end, C, CK, L, P, PL, HW, FW, PRECISION)
         else:
             score = tl.zeros([C, CK], tl.float32)
             for at in range(0, SW, SB):
-                q_tile = load_columns(phi_q, H * SW, 0, queries, at, SW, C, SB, True)
-                k = load_columns(phi_k + (u - start) * (G * SW), G * SW, 0, j < end, at, SW, CK, SB, True)
-                score = add_dot(score, q_tile, tl.trans(k), PRECISION)
+                q = load_columns(features_q, H * FW, 0, queries, at, SW, C, SB, True)
+                k = load_columns(of_k, G * FW, 0, j < end, at, SW, CK, SB, True)
+                score = add_dot(score, q, tl.trans(k), PRECISION)
         rows = load_columns(value, vt, u, inside, column, V, CK, VB, ALIGNED)
         past = (t + c)[:, None] >= j[None, :]
         if HAS_DECAY:

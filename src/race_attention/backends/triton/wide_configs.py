@@ -16,7 +16,7 @@ class Tiles:
 
     Attributes:
         width: SW, buckets padded with zeros.
-        features, feature_gradients: (C, SP, ...), tokens of a block and buckets that are computed at a time.
+        feature_gradients: (C, SP, ...), tokens of a block and buckets that are computed at a time.
         accumulate: (C, SB, VB, ...), with the buckets and the columns of a state's tile.
         readout, query_sums, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared
             with. query_sums has all columns in one tile.
@@ -24,13 +24,53 @@ class Tiles:
     """
 
     width: int
-    features: tuple[int, int, int, int]
     feature_gradients: tuple[int, int, int, int]
     accumulate: tuple[int, int, int, int, int]
     readout: tuple[int, int, int, int, int, int]
     query_sums: tuple[int, int, int, int, int, int]
     value_gradient: tuple[int, int, int, int, int, int]
     buckets_gradient: tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How tokens are compared, see wide_features.py.
+
+    Attributes:
+        used: whether by the halves of each table's planes. lower: PL. width: HW, buckets of a half, padded.
+        stored: FW, numbers stored of a token.
+    """
+
+    used: bool
+    lower: int
+    width: int
+    stored: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        return {"PL": self.lower, "HW": self.width, "FW": self.stored, "HALVES": self.used}
+
+
+@functools.lru_cache(maxsize=1024)
+def halves_of(shape: plan.Shape, width: int, wanted: bool = True) -> Halves:
+    """Tables of many planes are compared by halves, if ``wanted`` and a program can hold all of them."""
+    lower = (shape.planes + 1) // 2
+    used = wanted and shape.planes >= 6 and shape.tables * shape.planes <= 64
+    stored = shape.tables * ((1 << lower) + (1 << shape.planes - lower)) if used else width
+    return Halves(used, lower, max(16, 1 << lower), stored)
+
+
+def group_of(shape: plan.Shape, least: int, whole: bool) -> int:
+    """GB, the buckets whose planes are taken together: all in one where ``whole``, else of some 32 planes."""
+    group = max(1 << shape.planes, least)
+    while group < shape.buckets and (whole or (2 * group >> shape.planes) * shape.planes <= 32):
+        group *= 2
+    return group
+
+
+def planes_of(shape: plan.Shape, group: int) -> int:
+    """N, the planes of so many buckets, padded."""
+    return plan.power_of_two(max(1, min(shape.tables, group >> shape.planes)) * shape.planes, 8)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -45,17 +85,15 @@ def tiles_of(shape: plan.Shape) -> Tiles:
         pair = (128, 64, 128, narrow, 8, 2)
         return Tiles(
             width,
-            features=(32, shape.tile, 4, 1),
             feature_gradients=(32, shape.tile, 4, 1),
             accumulate=(64, 64, narrow, 4, 3),
-            readout=pair,
+            readout=(128, 64, 64, narrow, 8, 2),
             query_sums=pair,
             value_gradient=pair,
             buckets_gradient=(128, 64, 128, 8, 2),
         )
     return Tiles(
         width,
-        features=(32, shape.tile, 8, 1),
         feature_gradients=(32, shape.tile, 8, 1),
         accumulate=(64, 128, narrow, 8, 2),
         readout=(128, 64, 128, narrow, 8, 2),
@@ -70,7 +108,6 @@ def _float32(shape: plan.Shape, columns: int) -> Tiles:
     narrow = min(columns, 64)
     return Tiles(
         width=-(-shape.buckets // 64) * 64,
-        features=(16, shape.tile, 8, 1),
         feature_gradients=(16, shape.tile, 8, 1),
         accumulate=(16, 64, narrow, 8, 1),
         readout=(32, 32, 64, narrow, 8, 1),

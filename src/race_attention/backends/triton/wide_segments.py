@@ -16,7 +16,7 @@ from torch import Tensor
 from . import plan, wide, wide_gradients
 from .launch import Problem, pointer_or
 from .start import start
-from .wide_configs import Tiles, tiles_of
+from .wide_configs import Halves, Tiles, group_of, halves_of, planes_of, tiles_of
 
 #: Scratch memory of a call at most, as far as one run fits.
 SCRATCH_BYTES = 6 << 30
@@ -60,6 +60,7 @@ class Segment:
     def __init__(self, p: Problem, runs: plan.Runs, totals: Tensor, first: int, count: int, lines: int) -> None:
         self.p, self.runs, self.totals, self.first, self.count, self.lines = p, runs, totals, first, count, lines
         self.tiles: Tiles = tiles_of(p.shape)
+        self.halves: Halves = halves_of(p.shape, self.tiles.width, p.grad_out is None)
         self.slots = lines // plan.SUB_RUN + 2
         self.table = pointer_or(runs.table, p.beta)
         self.mask = pointer_or(p.key_mask, p.beta)
@@ -94,8 +95,12 @@ class Segment:
         dtype = torch.bfloat16 if self.p.shape.precision == "bf16" else torch.float32
         return self.p.query.new_empty(self.lines, heads, self.tiles.width, dtype=dtype)
 
+    def _new_features(self, heads: int) -> Tensor:
+        dtype = torch.bfloat16 if self.p.shape.precision == "bf16" else torch.float32
+        return self.p.query.new_empty(self.lines, heads, self.halves.stored, dtype=dtype)
+
     def _feature_arguments(self, of_keys: bool, tile: int) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
-        """(x, the numbers, the options) of both kernels of features, with so many buckets at a time."""
+        """(x, the numbers, the options) of the kernel of features' gradients, with so many buckets at a time."""
         p = self.p
         x = p.key if of_keys else p.query
         t, run, _, per_row, groups = self._lengths
@@ -104,27 +109,21 @@ class Segment:
         options["HAS_MASK"] = of_keys and p.key_mask is not None
         return x, (*x.stride()[:3], *p.mask_strides, self.first, t, run, per_row, groups), options
 
-    def _features(self, of_keys: bool) -> Tensor:
-        p, config = self.p, self.tiles.features
-        x, numbers, options = self._feature_arguments(of_keys, config[1])
-        phi = self._new_phi(x.shape[2])
-        blocks = self._blocks(config[0])
-        start(
-            wide.features_kernel, (self.count * blocks * x.shape[2],),
-            x, self.mask, p.hyperplanes, p.beta, self.table, phi, *numbers, blocks,
-            C=config[0], **options, **self._options(config),
-        )  # fmt: skip
-        return phi
+    def _buckets(self, group: int) -> dict[str, Any]:
+        """The options of kernels that compute so many buckets, and those of how tokens are compared."""
+        always = self.p.shape.constants(False)
+        options = {name: always[name] for name in ("L", "P", "D", "DP", "LIFT")}
+        return options | {"N": planes_of(self.p.shape, group)} | self.halves.options
 
     @cached_property
     def phi_q(self) -> Tensor:
-        """Buckets of the queries, [lines, H, SW]."""
-        return self._features(of_keys=False)
+        """What tokens are compared by, of the queries, [lines, H, FW]; filled with the states between them."""
+        return self._new_features(self.p.heads)
 
     @cached_property
     def phi_k(self) -> Tensor:
-        """Buckets of the keys, [lines, G, SW], 0 where a key does not take part."""
-        return self._features(of_keys=True)
+        """The same of the keys, [lines, G, FW], 0 where a key does not take part."""
+        return self._new_features(self.p.groups)
 
     def feature_gradients(
         self, of_keys: bool, grad_phi: Tensor, grad_x: Tensor, parts: tuple[Tensor, Tensor], need_planes: bool
@@ -173,17 +172,20 @@ class Segment:
         if self._between_keys is None:
             p = self.p
             dtype = torch.bfloat16 if p.grad_out is None and p.shape.precision == "bf16" else torch.float32
-            self._between_keys = self._accumulate(self.phi_k, p.value, parts, None, dtype)
+            self._between_keys = self._accumulate(p.key, p.value, self.phi_k, parts, None, dtype)
         return self._between_keys
 
     def between_queries(self, adjoints: Tensor, deltas: Tensor) -> Between:
         """The gradients of the states between sub-runs, and the segment's part of those before each run."""
         if self._between_queries is None:
-            assert self.p.grad_out is not None
-            self._between_queries = self._accumulate(self.phi_q, self.p.grad_out, adjoints, deltas, torch.float32)
+            p = self.p
+            assert p.grad_out is not None
+            self._between_queries = self._accumulate(p.query, p.grad_out, self.phi_q, adjoints, deltas, torch.float32)
         return self._between_queries
 
-    def _accumulate(self, phi: Tensor, x: Tensor, states: Tensor, deltas: Tensor | None, dtype: torch.dtype) -> Between:
+    def _accumulate(
+        self, x: Tensor, rows: Tensor, features: Tensor, states: Tensor, deltas: Tensor | None, dtype: torch.dtype
+    ) -> Between:
         p, config = self.p, self.tiles.accumulate
         block, buckets, columns = config[:3]
         between = (
@@ -194,12 +196,12 @@ class Segment:
         mirrored = deltas is not None
         start(
             wide.accumulate_kernel, (programs,),
-            phi, x, self.mask, pointer_or(deltas, p.beta), pointer_or(p.inverses, p.beta), self.decay[0], self.table,
-            states, *between,
-            *x.stride()[:3], *p.mask_strides, self.first, self.lines, *self._lengths,
+            x, rows, self.mask, p.hyperplanes, p.beta, pointer_or(deltas, p.beta), pointer_or(p.inverses, p.beta),
+            self.decay[0], self.table, features, states, *between,
+            *x.stride()[:3], *rows.stride()[:3], *p.mask_strides, self.first, self.lines, *self._lengths,
             SHARE=p.share if mirrored else 1, VB=columns, SB=buckets, C=block, MIRRORED=mirrored,
             HAS_MASK=p.key_mask is not None and not mirrored, HAS_DECAY=p.log_decay is not None,
-            **self._state, **self._options(config),
+            **self._state, **self._buckets(buckets), **self._options(config),
         )  # fmt: skip
         return between
 
@@ -226,13 +228,16 @@ class Segment:
     ) -> None:
         p, columns = self.p, config[3]
         grad_out = p.value if p.grad_out is None else p.grad_out
+        group = group_of(p.shape, config[2], self.halves.used)
+        features_q = self.phi_k if self.halves.used else self.phi_q  # not read
         programs = self.count * self._blocks(config[0]) * p.heads * -(-p.shape.value_dim // columns)
         start(
             wide.readout_kernel, (programs,),
-            self.phi_q, self.phi_k, p.value, self.mask, *self.decay, self.table, before, *between, grad_out,
-            pointer_or(out, p.value), p.inverses, pointer_or(deltas, p.beta),
-            *p.value.stride()[:3], *grad_out.stride()[:3], *self._numbers(config[0]),
-            VB=columns, FEW=FEW, OF_GRADIENT=deltas is not None, **self._pairs(config),
+            p.query, features_q, self.phi_k, p.value, self.mask, p.hyperplanes, p.beta, *self.decay, self.table,
+            before, *between, grad_out, pointer_or(out, p.value), p.inverses, pointer_or(deltas, p.beta),
+            *p.query.stride()[:3], *p.value.stride()[:3], *grad_out.stride()[:3], *self._numbers(config[0]),
+            VB=columns, FEW=FEW, GB=group, OF_GRADIENT=deltas is not None, **self._buckets(group),
+            **self._pairs(config),
         )  # fmt: skip
 
     def value_gradient(self, after: Tensor, between: Between, deltas: Tensor, dv: Tensor) -> Tensor:
