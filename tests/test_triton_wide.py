@@ -55,6 +55,8 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         query_sums=(32, 32, 64, 64, 4, 1),
         value_gradient=(16, 32, 64, 32, 4, 1),
         buckets_gradient=(32, 16, 64, 4, 1),
+        query_gradient=(16, 32, 32, 4, 1),
+        key_gradient=(32, 16, 64, 4, 1),
     )
 
     def tiles_of(shape: plan.Shape) -> wide_configs.Tiles:

@@ -57,17 +57,24 @@ def backward(
     for segment in segments:
         if p.log_decay is not None:
             segment.query_sums(kept, segment.between_keys(parts), deltas)
-        grad_phi = segment.query_buckets_gradient(kept, segment.between_keys(parts), deltas)
-        segment.feature_gradients(False, grad_phi, dq, query_parts, sums.need_planes)
+        if segment.halves.used:
+            between = segment.between_keys(parts)
+            segment.query_gradients(kept, between, deltas, dq, query_parts, sums.need_planes)
+        else:
+            grad_phi = segment.query_buckets_gradient(kept, segment.between_keys(parts), deltas)
+            segment.feature_gradients(False, grad_phi, dq, query_parts, sums.need_planes)
         segment.between_queries(adjoints, deltas)
     after = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     initial = scan(p, runs, adjoints, totals, after, grad_final, reverse=True)
     end = at_the_end(p, final, grad_final)
     for segment in segments:
         between = segment.between_queries(adjoints, deltas)
-        of_key = segment.value_gradient(after, between, deltas, dv)
-        grad_phi = segment.key_buckets_gradient(after, between, deltas)
-        segment.feature_gradients(True, grad_phi, dk, key_parts, sums.need_planes)
+        if segment.halves.used:
+            of_key = segment.key_gradients(after, between, deltas, dk, dv, key_parts, sums.need_planes)
+        else:
+            of_key = segment.value_gradient(after, between, deltas, dv)
+            grad_phi = segment.key_buckets_gradient(after, between, deltas)
+            segment.feature_gradients(True, grad_phi, dk, key_parts, sums.need_planes)
         if p.log_decay is not None:
             segment.decay_gradient(kept, after, end, of_key, decay)
     return dq, dk, dv, decay, initial

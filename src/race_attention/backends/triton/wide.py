@@ -357,7 +357,7 @@ def readout_kernel(
         denominator *= since
 
     if HALVES:
-        halves = halves_of(logs, C, L, P, PL, N, HW, LIFT, PRECISION)
+        halves = halves_of(logs, queries, C, L, P, PL, N, HW, LIFT, PRECISION)
     else:
         tl.debug_barrier()
     for u in range(sub, tl.minimum(t + C, end), CK):

@@ -20,7 +20,7 @@ class Tiles:
         accumulate: (C, SB, VB, ...), with the buckets and the columns of a state's tile.
         readout, query_sums, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared
             with. query_sums has all columns in one tile.
-        buckets_gradient: (C, CK, SB, ...).
+        buckets_gradient: (C, CK, SB, ...). query_gradient, key_gradient: likewise, by halves.
     """
 
     width: int
@@ -30,6 +30,8 @@ class Tiles:
     query_sums: tuple[int, int, int, int, int, int]
     value_gradient: tuple[int, int, int, int, int, int]
     buckets_gradient: tuple[int, int, int, int, int]
+    query_gradient: tuple[int, int, int, int, int]
+    key_gradient: tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class Halves:
 
 @functools.lru_cache(maxsize=1024)
 def halves_of(shape: plan.Shape, width: int, wanted: bool = True) -> Halves:
-    """Tables of many planes are compared by halves, if ``wanted`` and a program can hold all of them."""
+    """Tables of many planes are compared by halves, if ``wanted`` and so few that a program holds them all."""
     lower = (shape.planes + 1) // 2
-    used = wanted and shape.planes >= 6 and shape.tables * shape.planes <= 64
+    used = wanted and shape.planes >= 6 and shape.tables <= 4
     stored = shape.tables * ((1 << lower) + (1 << shape.planes - lower)) if used else width
     return Halves(used, lower, max(16, 1 << lower), stored)
 
@@ -86,11 +88,13 @@ def tiles_of(shape: plan.Shape) -> Tiles:
         return Tiles(
             width,
             feature_gradients=(32, shape.tile, 4, 1),
-            accumulate=(64, 64, narrow, 4, 3),
+            accumulate=(64, 128, narrow, 8, 2),
             readout=(128, 64, 64, narrow, 8, 2),
             query_sums=pair,
             value_gradient=pair,
             buckets_gradient=(128, 64, 128, 8, 2),
+            query_gradient=(128, 64, 32, 8, 2),
+            key_gradient=(128, 64, 32, 8, 2),
         )
     return Tiles(
         width,
@@ -100,6 +104,8 @@ def tiles_of(shape: plan.Shape) -> Tiles:
         query_sums=(64, 32, 128, columns, 8, 1),
         value_gradient=(128, 64, 128, narrow, 8, 2),
         buckets_gradient=(64, 32, 64, 8, 1),
+        query_gradient=(64, 32, 32, 8, 1),
+        key_gradient=(64, 32, 32, 8, 1),
     )
 
 
@@ -114,4 +120,6 @@ def _float32(shape: plan.Shape, columns: int) -> Tiles:
         query_sums=(16, 16, 64, columns, 8, 1),
         value_gradient=(32, 32, 64, narrow, 8, 1),
         buckets_gradient=(16, 16, 64, 8, 1),
+        query_gradient=(16, 16, 32, 8, 1),
+        key_gradient=(16, 16, 32, 8, 1),
     )

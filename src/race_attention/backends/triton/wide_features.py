@@ -118,15 +118,16 @@ def half_buckets(
 
 @triton.jit
 def halves_of(
-    logs, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr, PL: tl.constexpr, N: tl.constexpr, HW: tl.constexpr,
+    logs, here, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr, PL: tl.constexpr, N: tl.constexpr, HW: tl.constexpr,
     LIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The buckets of both halves of the planes of L tables, a tuple of 2 L [C, HW], as products take them."""
+    """The buckets of both halves of the planes of L tables, a tuple of 2 L [C, HW]; zeros where not ``here`` [C]."""
     halves = ()
     for table in tl.static_range(L):
         lower = half_buckets(logs, table, False, C, HW, P, PL, N, LIFT, PRECISION)
         upper = half_buckets(logs, table, True, C, HW, P, PL, N, LIFT, PRECISION)
-        halves = halves + (operand(lower, PRECISION), operand(upper, PRECISION))
+        lower = operand(tl.where(here[:, None], lower, 0.0), PRECISION)
+        halves = halves + (lower, operand(tl.where(here[:, None], upper, 0.0), PRECISION))
     return halves
 
 

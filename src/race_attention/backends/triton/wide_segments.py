@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import plan, wide, wide_gradients
+from . import plan, wide, wide_gradients, wide_halves
 from .launch import Problem, pointer_or
 from .start import start
 from .wide_configs import Halves, Tiles, group_of, halves_of, planes_of, tiles_of
@@ -60,7 +60,7 @@ class Segment:
     def __init__(self, p: Problem, runs: plan.Runs, totals: Tensor, first: int, count: int, lines: int) -> None:
         self.p, self.runs, self.totals, self.first, self.count, self.lines = p, runs, totals, first, count, lines
         self.tiles: Tiles = tiles_of(p.shape)
-        self.halves: Halves = halves_of(p.shape, self.tiles.width, p.grad_out is None)
+        self.halves: Halves = halves_of(p.shape, self.tiles.width)
         self.slots = lines // plan.SUB_RUN + 2
         self.table = pointer_or(runs.table, p.beta)
         self.mask = pointer_or(p.key_mask, p.beta)
@@ -277,3 +277,74 @@ class Segment:
             VP=plan.power_of_two(p.shape.value_dim, 16), FEW=FEW, **self._pairs(config),
         )  # fmt: skip
         return grad_phi
+
+    # ---------------------------------------------------------------------------- gradients by halves
+
+    def query_gradients(
+        self, before: Tensor, between: Between, deltas: Tensor, dq: Tensor, parts: tuple[Tensor, Tensor], planes: bool
+    ) -> None:
+        """Fills dq and parts of the parameters' gradients; without decay ``deltas`` too, grad_out . out, [B, H, T]."""
+        p, config = self.p, self.tiles.query_gradient
+        assert p.grad_out is not None
+        of_beta, options = self._by_halves(config, p.heads)
+        grad_y = self._new_grad_y(p.heads, options["N"]) if planes else dq
+        start(
+            wide_halves.query_gradient_kernel, (of_beta.numel(),),
+            p.query, self.phi_k, p.value, p.grad_out, p.out, self.mask, p.hyperplanes, p.beta, deltas, p.inverses,
+            *self.decay, self.table, before, *between, dq, grad_y, of_beta,
+            *p.query.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
+            NEED_PLANES=planes, **options,
+        )  # fmt: skip
+        self._parameters(p.query, p.share, grad_y, of_beta, parts, planes)
+
+    def key_gradients(
+        self, after: Tensor, between: Between, deltas: Tensor, dk: Tensor, dv: Tensor, parts: tuple[Tensor, Tensor],
+        planes: bool,
+    ) -> Tensor:  # fmt: skip
+        """Fills dk, dv and parts of the parameters' gradients; with decay phi_k . grad phi_k, [1, lines, G]."""
+        p, config = self.p, self.tiles.key_gradient
+        assert p.grad_out is not None
+        of_beta, options = self._by_halves(config, p.groups)
+        grad_y = self._new_grad_y(p.groups, options["N"]) if planes else dk
+        of_key = p.beta if p.log_decay is None else p.new(1, self.lines, p.groups)
+        start(
+            wide_halves.key_gradient_kernel, (of_beta.numel(),),
+            p.key, self.phi_q, p.value, p.grad_out, self.mask, p.hyperplanes, p.beta, deltas, p.inverses,
+            *self.decay, self.totals, self.table, after, *between, dk, dv, grad_y, of_beta, of_key,
+            *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
+            NEED_PLANES=planes, **options,
+        )  # fmt: skip
+        self._parameters(p.key, 1, grad_y, of_beta, parts, planes)
+        return of_key
+
+    def _new_grad_y(self, heads: int, planes: int) -> Tensor:
+        dtype = torch.bfloat16 if self.p.shape.precision == "bf16" else torch.float32
+        return self.p.query.new_empty(self.lines, heads, planes, dtype=dtype)
+
+    def _by_halves(self, config: tuple[int, ...], heads: int) -> tuple[Tensor, dict[str, Any]]:
+        """(room for the blocks' parts of beta's gradient, [runs * blocks, heads], the options of the kernels)."""
+        p, group = self.p, group_of(self.p.shape, config[2], True)
+        options = self._pairs(config) | self._buckets(group)
+        options = {name: x for name, x in options.items() if name not in ("SW", "HALVES")}
+        options |= {"GB": group, "VP": plan.power_of_two(p.shape.value_dim, 16)}
+        return p.new(self.count * self._blocks(config[0]), heads).zero_(), options
+
+    def _parameters(
+        self, x: Tensor, share: int, grad_y: Tensor, of_beta: Tensor, parts: tuple[Tensor, Tensor], planes: bool
+    ) -> None:
+        """From the blocks' parts of the parameters' gradients the runs'."""
+        p, shape, heads = self.p, self.p.shape, x.shape[2]
+        runs = slice(self.first, self.first + self.count)
+        parts[1][runs] = of_beta.view(self.count, -1, heads).sum(1)
+        if not planes:
+            return
+        parts[0][runs] = 0
+        t, run, _, per_row, groups = self._lengths
+        config = self.tiles.feature_gradients
+        start(
+            wide_halves.planes_kernel, (self.count * heads,),
+            x, grad_y, self.table, parts[0], *x.stride()[:3], self.first, t, run, per_row, groups,
+            SHARE=share, L=shape.tables, P=shape.planes, D=shape.dim, DP=plan.power_of_two(shape.dim, 16),
+            N=grad_y.shape[2], ROWS=shape.rows, NS=shape.tiles // shape.tables, C=config[0],
+            PRECISION=shape.precision, **self._options(config),
+        )  # fmt: skip
