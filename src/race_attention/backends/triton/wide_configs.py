@@ -93,8 +93,8 @@ def tiles_of(shape: plan.Shape) -> Tiles:
             query_sums=pair,
             value_gradient=pair,
             buckets_gradient=(128, 64, 128, 8, 2),
-            query_gradient=(128, 64, 32, 8, 2),
-            key_gradient=(128, 64, 32, 8, 2),
+            query_gradient=(128, 32, 32, 8, 2),
+            key_gradient=(128, 32, 32, 8, 2),
         )
     return Tiles(
         width,
