@@ -1,7 +1,8 @@
 """Kernels where every query sees every key of its row, for heads whose buckets fill several tiles.
 
-A program goes through the tiles one by one; sums over tokens then need runs of one block. Shape letters are those of
-:mod:`race_attention.backends.triton.device`; NS is the number of tiles.
+The keys' state is what :func:`race_attention.backends.triton.wide.accumulate_kernel` leaves of their runs, added up,
+and its gradient the same of queries. What reads either takes its buckets in tiles, one after the other, so that blocks
+of tokens are all that a program owns. Shape letters are those of wide.py.
 """
 
 from __future__ import annotations
@@ -9,179 +10,187 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import (
-    bucket_gradients,
-    buckets,
-    corner_signs,
-    dot,
-    fine_dot,
-    keys_inside,
-    load_planes,
-    load_rows,
-    load_state,
-    operand,
-    project,
-    reciprocal,
-    run_bounds,
-    store_planes,
-    store_rows,
-    store_state,
-    whole_rows,
-)
-
-NEVER_SPECIALIZED = ["T", "RUN", "NC", "G"]
+from .device import add_dot, fine_dot, keys_inside, load_rows, operand, reciprocal, store_rows, whole_rows
+from .narrow import hashed, unhashed
+from .wide import kernel, load_columns, place
+from .wide_features import buckets_at, corners_of, load_group, side_logs
+from .wide_halves import add_sums, projection_gradients, store_grad_y
 
 
-@triton.jit(do_not_specialize=[*NEVER_SPECIALIZED, "qb", "qt", "qh"])
+@triton.jit
+def load_tile(state, at, v, SB: tl.constexpr, S: tl.constexpr, V: tl.constexpr):
+    """(value_sum [SB, VB], mass [SB]) of the buckets from ``at`` on and the columns ``v``; zeros past either."""
+    s = at + tl.arange(0, SB)
+    value_sum = tl.load(state + s[:, None] * V + v[None, :], mask=(s < S)[:, None] & (v < V)[None, :], other=0.0)
+    return value_sum, tl.load(state + S * V + s, mask=s < S, other=0.0)
+
+
+@kernel
 def readout_kernel(
-    query, planes, beta, table, states, out,
+    query, planes, beta, table, states, out, inverses,
     qb: tl.int64, qt: tl.int64, qh: tl.int64,
-    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
-    C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    LIFT: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """out of a run of queries (programs: runs * H) from the state [rows, G] of all keys of the row."""
-    S: tl.constexpr = L << P
+    """out of a block of queries (programs: runs * blocks * H * column tiles) from the state [rows, G] of all keys.
+
+    ``out`` is contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators.
+    """
+    NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
-    run = tl.program_id(0) // H
-    head = tl.program_id(0) - run * H
+    column = tl.program_id(0) % NV * VB
+    head = tl.program_id(0) // NV % H
+    block = tl.program_id(0) // NV // H % BLOCKS
+    run = tl.program_id(0) // NV // H // BLOCKS
     group = head // SHARE
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    batch, row, start, end, last, line = place(run, 0, table, T, RUN, NC, PACKED)
+    t = start + block * C
+    if t >= end:
+        return
     query += whole_rows(batch * qb + head * qh, ALIGNED)
-    out += (batch * T * H + head) * V
     state = states + (row * G + group) * (S * (V + 1))
     b = tl.load(beta + group)
     c = tl.arange(0, C)
-    for t in range(start, end, C):
-        q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
-        numerator = tl.zeros([C, VP], tl.float32)
-        denominator = tl.zeros([C], tl.float32)
-        for tile in range(NS):
-            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-            up, down = corner_signs(tile, P, N, SP, PRECISION)
-            value_sum, mass = load_state(state, tile, S, SP, V, VP)
-            phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-            phi = operand(phi, PRECISION)
-            numerator += dot(phi, tl.trans(operand(value_sum, PRECISION)), PRECISION)
+    v = column + tl.arange(0, VB)
+    queries = t + c < end
+    rows_q = load_rows(query, qt, t, queries, C, D, DP, ALIGNED)
+    numerator = tl.zeros([C, VB], tl.float32)
+    denominator = tl.zeros([C], tl.float32)
+    for first in range(0, S, GB):
+        w = load_group(planes, group, first >> P, L, P, D, DP, N, PRECISION)
+        logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
+        for at in tl.range(first, first + GB, SB, num_stages=1):
+            phi = operand(buckets_at(logs, at, first >> P, C, SB, S, P, N, LIFT, PRECISION), PRECISION)
+            value_sum, mass = load_tile(state, at, v, SB, S, V)
+            numerator = add_dot(numerator, phi, operand(value_sum, PRECISION), PRECISION)
             denominator += tl.sum(phi.to(tl.float32) * mass[None, :], 1)
-        inverse = reciprocal(denominator)
-        store_rows(out, H * V, t, t + c < end, numerator * inverse[:, None], C, V, VP)
+    inverse = reciprocal(denominator)
+    to = out + ((batch * T + t) * H + head) * V
+    mask = queries[:, None] & (v < V)[None, :]
+    result = (numerator * inverse[:, None]).to(out.dtype.element_ty)
+    tl.store(to + ((c * (H * V).to(tl.int32))[:, None] + v[None, :]), result, mask=mask)
+    if column == 0:
+        tl.store(inverses + (batch * H + head) * T + t + c, inverse, mask=queries)
 
 
-@triton.jit(do_not_specialize=[*NEVER_SPECIALIZED, "qb", "qt", "qh", "ob", "ot", "oh"])
+@kernel
 def query_gradient_kernel(
-    query, grad_out, planes, beta, table, states, grad_query, adjoints, planes_parts, beta_parts,
+    query, grad_out, out, planes, beta, deltas, inverses, table, states, grad_query, grad_y, beta_parts,
     qb: tl.int64, qt: tl.int64, qh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
-    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
-    C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
-    NEED_PLANES: tl.constexpr,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    LIFT: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
-    """grad_query of a run, and its part of the gradient of the state (programs: runs * H)."""
-    S: tl.constexpr = L << P
+    """grad_query of a block of queries, contiguous, and ``deltas``, grad_out . out [B, H, T] (programs: runs * blocks * H).
+
+    The rest as :func:`race_attention.backends.triton.wide_halves.query_gradient_kernel`, ``grad_y`` for each group of
+    planes.
+    """
+    GROUPS: tl.constexpr = (S + GB - 1) // GB
     H = G * SHARE
-    run = tl.program_id(0) // H
-    head = tl.program_id(0) - run * H
+    head = tl.program_id(0) % H
+    block = tl.program_id(0) // H % BLOCKS
+    run = tl.program_id(0) // H // BLOCKS
     group = head // SHARE
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    batch, row, start, end, last, line = place(run, 0, table, T, RUN, NC, PACKED)
+    t = start + block * C
+    if t >= end:
+        return
     query += whole_rows(batch * qb + head * qh, ALIGNED)
     grad_out += whole_rows(batch * ob + head * oh, ALIGNED)
-    grad_query += (batch * T * H + head) * D
+    grad_y += ((line + t - start) * H + head) * (GROUPS * N)
     state = states + (row * G + group) * (S * (V + 1))
-    program = run.to(tl.int64) * H + head
-    adjoint = adjoints + program * (S * (V + 1))
     b = tl.load(beta + group)
     c = tl.arange(0, C)
+    v = tl.arange(0, VP)
+    queries = t + c < end
+    do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
+    o = load_columns(out + (batch * T * H + head) * V, H * V, t, queries, 0, V, C, VP, ALIGNED and V % 8 == 0)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    query_at = (batch * H + head) * T + t + c
+    tl.store(deltas + query_at, delta, mask=queries)
+    inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
+    rows_q = load_rows(query, qt, t, queries, C, D, DP, ALIGNED)
+    dq = tl.zeros([C, DP], tl.float32)
     beta_sum = tl.zeros([C, N], tl.float32)
-    for t in range(start, end, C):
-        q = load_rows(query, qt, t, t + c < end, C, D, DP, ALIGNED)
-        do = load_rows(grad_out, ot, t, t + c < end, C, V, VP, ALIGNED)
-        denominator = tl.zeros([C], tl.float32)
-        delta = tl.zeros([C], tl.float32)
-        for tile in range(NS):
-            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-            up, down = corner_signs(tile, P, N, SP, PRECISION)
-            value_sum, mass = load_state(state, tile, S, SP, V, VP)
-            phi = buckets(project(q, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-            denominator += tl.sum(phi * mass[None, :], 1)  # by the weights that are multiplied below
-            delta += tl.sum(phi * fine_dot(do, value_sum, PRECISION), 1)
-        inverse = reciprocal(denominator)
-        delta *= inverse  # grad_out . out
-        dq = tl.zeros([C, DP], tl.float32)
-        for tile in range(NS):
-            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-            up, down = corner_signs(tile, P, N, SP, PRECISION)
-            value_sum, mass = load_state(state, tile, S, SP, V, VP)
-            y = project(q, w, PRECISION)
-            phi = buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION)
-            grad_phi = fine_dot(do, value_sum, PRECISION) - delta[:, None] * mass[None, :]
-            grad_phi *= inverse[:, None]
-            grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
-            beta_sum += grad_beta
-            grad_y = operand(grad_y, PRECISION)
-            dq += dot(grad_y, operand(w, PRECISION), PRECISION)
-            seen = operand(phi * inverse[:, None], PRECISION)
-            grad_sum = dot(tl.trans(operand(do, PRECISION)), seen, PRECISION)
-            grad_mass = -tl.sum(seen.to(tl.float32) * delta[:, None], 0)
-            store_state(adjoint, tile, grad_sum, grad_mass, S, SP, V, VP)
-            if NEED_PLANES:
-                planes_sum = dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
-                store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
-        store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
+    for first in range(0, S, GB):
+        w = load_group(planes, group, first >> P, L, P, D, DP, N, PRECISION)
+        y = hashed(rows_q, w, C, N, PRECISION)
+        logs = side_logs(y, b, C, N, PRECISION)
+        of_logs = tl.zeros([C, 2 * N], tl.float32)
+        for at in tl.range(first, first + GB, SB, num_stages=1):
+            phi = buckets_at(logs, at, first >> P, C, SB, S, P, N, LIFT, PRECISION)
+            value_sum, mass = load_tile(state, at, v, SB, S, V)
+            d_phi = fine_dot(do, tl.trans(value_sum), PRECISION) - delta[:, None] * mass[None, :]
+            choice = tl.trans(corners_of(at, first >> P, SB, P, N, PRECISION))
+            of_logs = add_sums(of_logs, d_phi * inverse[:, None] * phi, choice, PRECISION)
+        of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
+        dq += unhashed(of_y, w, C, N, PRECISION)
+        beta_sum += of_beta
+        if NEED_PLANES:
+            store_grad_y(grad_y + first // GB * N, H * (GROUPS * N), queries, of_y, C, N, PRECISION)
+    store_rows(grad_query + (batch * T * H + head) * D, H * D, t, queries, dq, C, D, DP)
+    program = (tl.program_id(0) // H).to(tl.int64) * H + head
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
 
 
-@triton.jit(
-    do_not_specialize=["T", "RUN", "NC", "G", "kb", "kt", "kh", "vb", "vt", "vh", "mb", "mt", "mh"]
-)  # fmt: skip
+@kernel
 def key_gradient_kernel(
-    key, value, key_mask, planes, beta, table, adjoints, grad_key, grad_value, planes_parts, beta_parts,
+    key, value, key_mask, planes, beta, table, adjoints, grad_key, grad_value, grad_y, beta_parts,
     kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64,
-    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
-    C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, NEED_PLANES: tl.constexpr,
+    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
+    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    LIFT: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
+    NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
-    """grad_key and grad_value of a run from the gradient of the row's state (programs: runs * G)."""
-    S: tl.constexpr = L << P
-    run = tl.program_id(0) // G
-    group = tl.program_id(0) - run * G
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    """grad_key and grad_value of a block of keys from the gradient of the row's state (programs: runs * blocks * G)."""
+    GROUPS: tl.constexpr = (S + GB - 1) // GB
+    group = tl.program_id(0) % G
+    block = tl.program_id(0) // G % BLOCKS
+    run = tl.program_id(0) // G // BLOCKS
+    batch, row, start, end, last, line = place(run, 0, table, T, RUN, NC, PACKED)
+    t = start + block * C
+    if t >= end:
+        return
     key += whole_rows(batch * kb + group * kh, ALIGNED)
     value += whole_rows(batch * vb + group * vh, ALIGNED)
     key_mask += batch * mb + group * mh
-    grad_key += (batch * T * G + group) * D
-    grad_value += (batch * T * G + group) * V
+    grad_y += ((line + t - start) * G + group) * (GROUPS * N)
     adjoint = adjoints + (row * G + group) * (S * (V + 1))
-    program = run.to(tl.int64) * G + group
     b = tl.load(beta + group)
     c = tl.arange(0, C)
+    v = tl.arange(0, VP)
+    keys = t + c < end
+    inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
+    rows_k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
+    rows = load_columns(value, vt, t, inside, 0, V, C, VP, ALIGNED)
+    dk = tl.zeros([C, DP], tl.float32)
+    dv = tl.zeros([C, VP], tl.float32)
     beta_sum = tl.zeros([C, N], tl.float32)
-    for t in range(start, end, C):
-        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
-        v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
-        dk = tl.zeros([C, DP], tl.float32)
-        dv = tl.zeros([C, VP], tl.float32)
-        for tile in range(NS):
-            w = load_planes(planes, group, tile, L, P, D, DP, N, SP)
-            up, down = corner_signs(tile, P, N, SP, PRECISION)
-            grad_sum, grad_mass = load_state(adjoint, tile, S, SP, V, VP)
-            y = project(k, w, PRECISION)
-            phi = tl.where(inside[:, None], buckets(y, b, up, down, tile, S, SP, LIFT, PRECISION), 0.0)
-            grad_phi = fine_dot(v, grad_sum, PRECISION) + grad_mass[None, :]
-            dv += dot(operand(phi, PRECISION), tl.trans(operand(grad_sum, PRECISION)), PRECISION)
-            grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
-            beta_sum += grad_beta
-            grad_y = operand(grad_y, PRECISION)
-            dk += dot(grad_y, operand(w, PRECISION), PRECISION)
-            if NEED_PLANES:
-                planes_sum = dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
-                store_planes(planes_parts, program * NS + tile, planes_sum, N, D, DP)
-        store_rows(grad_key, G * D, t, t + c < end, dk, C, D, DP)
-        store_rows(grad_value, G * V, t, t + c < end, dv, C, V, VP)
+    for first in range(0, S, GB):
+        w = load_group(planes, group, first >> P, L, P, D, DP, N, PRECISION)
+        y = hashed(rows_k, w, C, N, PRECISION)
+        logs = side_logs(y, b, C, N, PRECISION)
+        of_logs = tl.zeros([C, 2 * N], tl.float32)
+        for at in tl.range(first, first + GB, SB, num_stages=1):
+            phi = buckets_at(logs, at, first >> P, C, SB, S, P, N, LIFT, PRECISION)
+            phi = tl.where(inside[:, None], phi, 0.0)
+            grad_sum, grad_mass = load_tile(adjoint, at, v, SB, S, V)
+            d_phi = fine_dot(rows, tl.trans(grad_sum), PRECISION) + grad_mass[None, :]
+            choice = tl.trans(corners_of(at, first >> P, SB, P, N, PRECISION))
+            of_logs = add_sums(of_logs, d_phi * phi, choice, PRECISION)
+            dv = add_dot(dv, operand(phi, PRECISION), operand(grad_sum, PRECISION), PRECISION)
+        of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
+        dk += unhashed(of_y, w, C, N, PRECISION)
+        beta_sum += of_beta
+        if NEED_PLANES:
+            store_grad_y(grad_y + first // GB * N, G * (GROUPS * N), keys, of_y, C, N, PRECISION)
+    store_rows(grad_key + (batch * T * G + group) * D, G * D, t, keys, dk, C, D, DP)
+    store_rows(grad_value + (batch * T * G + group) * V, G * V, t, keys, dv, C, V, VP)
+    program = (tl.program_id(0) // G).to(tl.int64) * G + group
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))

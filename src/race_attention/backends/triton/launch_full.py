@@ -1,13 +1,13 @@
-"""Launching the kernels of calls that are not causal."""
+"""Launching the kernels of calls that are not causal, for heads whose buckets fit one tile."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import full, full_wide, plan
+from . import full, plan
 from .launch import ParameterSums, Problem, pointer_or
-from .launch_states import accumulate, scan
+from .launch_states import scan
 from .ops import kept_states
 from .start import start
 
@@ -19,16 +19,12 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
     runs = p.runs(of_keys=True)
     parts = _accumulate(p, runs)
     seen = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=False)
-    if p.bounds is not None and not p.shape.narrow:
-        seen.zero_()
     mass, value_sum = scan(p, runs, parts, p.beta, seen, initial)
     return _readout(p, p.runs(of_keys=False), seen), mass, value_sum, seen
 
 
 def _accumulate(p: Problem, runs: plan.Runs) -> Tensor:
     """The state that the keys of each run leave."""
-    if not p.shape.narrow:
-        return accumulate(p, runs)
     parts = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     if runs.count * p.groups:
         start(
@@ -46,10 +42,10 @@ def _readout(p: Problem, runs: plan.Runs, seen: Tensor) -> Tensor:
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
     if runs.count * p.heads:
         start(
-            full.readout_kernel if p.shape.narrow else full_wide.readout_kernel, (runs.count * p.heads,),
+            full.readout_kernel, (runs.count * p.heads,),
             p.query, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), seen, out, *p.query.stride()[:3],
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
-            **p.options("full_readout", tiles=not p.shape.narrow),
+            **p.options("full_readout", tiles=False),
         )  # fmt: skip
     return out
 
@@ -62,24 +58,23 @@ def backward(
     runs, key_runs, shape = p.runs(of_keys=False), p.runs(of_keys=True), p.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value))
     adjoints = p.new(max(runs.count, 1), p.heads, shape.state_size)
-    kernels = full if shape.narrow else full_wide
     if runs.count * p.heads:
         start(
-            kernels.query_gradient_kernel, (runs.count * p.heads,),
+            full.query_gradient_kernel, (runs.count * p.heads,),
             p.query, p.grad_out, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), kept, dq, adjoints,
             *sums.parts(runs, p.heads), *p.query.stride()[:3], *p.grad_out.stride()[:3],
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
-            NEED_PLANES=sums.need_planes, **p.options("full_query_gradient", tiles=not shape.narrow),
+            NEED_PLANES=sums.need_planes, **p.options("full_query_gradient", tiles=False),
         )  # fmt: skip
     after = p.new(max(p.rows, 1), p.groups, shape.state_size)
     initial = scan(p, runs, adjoints, p.beta, after, grad_final, share=p.share, reverse=True)
     if key_runs.count * p.groups:
         start(
-            kernels.key_gradient_kernel, (key_runs.count * p.groups,),
+            full.key_gradient_kernel, (key_runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta,
             pointer_or(key_runs.table, p.beta), after, dk, dv,
             *sums.parts(key_runs, p.groups), *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
             p.keys, key_runs.length, key_runs.per_row, p.groups, HAS_MASK=p.key_mask is not None,
-            NEED_PLANES=sums.need_planes, **p.options("full_key_gradient", tiles=not shape.narrow),
+            NEED_PLANES=sums.need_planes, **p.options("full_key_gradient", tiles=False),
         )  # fmt: skip
     return dq, dk, dv, p.new(0), initial

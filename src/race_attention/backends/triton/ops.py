@@ -133,7 +133,8 @@ def clear_spare(kept: Tensor, runs: plan.Runs) -> None:
 def kept_inverses(query: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:
     """The buffer for 1 / denominators, [B, H, Tq], where the backward pass reads them; else empty."""
     batch, queries, heads = query.shape[:3]
-    return query.new_empty((batch, heads, queries) if causal else (0,), dtype=torch.float32)
+    read = causal or not shape_of(query, value, hyperplanes).narrow
+    return query.new_empty((batch, heads, queries) if read else (0,), dtype=torch.float32)
 
 
 def kept_features(key: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:

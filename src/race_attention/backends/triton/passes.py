@@ -6,7 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import launch_causal, launch_causal_gradients, launch_full, launch_wide
+from . import launch_causal, launch_causal_gradients, launch_full, launch_full_wide, launch_wide
 from .launch import ParameterSums, Problem, on
 from .ops import kept_chunks, kept_features, kept_inverses, shape_of
 
@@ -14,7 +14,7 @@ from .ops import kept_chunks, kept_features, kept_inverses, shape_of
 def _launches_of(problem: Problem, narrow: ModuleType) -> ModuleType:
     """The module whose function does it; ``narrow`` where the call is causal and one tile holds the buckets."""
     if not problem.causal:
-        return launch_full
+        return launch_full if problem.shape.narrow else launch_full_wide
     return narrow if problem.shape.narrow else launch_wide
 
 

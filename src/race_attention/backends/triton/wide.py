@@ -164,12 +164,12 @@ def accumulate_kernel(
     LIFT: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
     PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr, HALVES: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_DECAY: tl.constexpr, MIRRORED: tl.constexpr,
+    HAS_DECAY: tl.constexpr, MIRRORED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The state that each run leaves, those between its sub-runs, and ``features`` (programs: runs * G * tiles).
 
     x and rows are keys and values; MIRRORED, queries and grad_out, from the last block to the first: the gradient of
-    the state before each run.
+    the state before each run. Where not CAUSAL only the runs' states are left.
     """
     NV: tl.constexpr = (V + VB - 1) // VB
     NT: tl.constexpr = SW // SB
@@ -198,7 +198,7 @@ def accumulate_kernel(
         head = group * SHARE + i % SHARE
         slot = ((line + t - start) // SUB * G + group) * S
         between = ((t - start) % SUB == 0) & (t > start)
-        if not MIRRORED:
+        if CAUSAL and not MIRRORED:
             if between:
                 tl.store(local + slot * V + state_at, value_sum.to(local.dtype.element_ty), mask=fits)
                 tl.store(local_mass + slot + s, tl.sum(masses, 1), mask=fits_mass)
@@ -211,7 +211,9 @@ def accumulate_kernel(
         if HAS_MASK or not MIRRORED:
             phi = tl.where(inside[:, None], phi, 0.0)
         to = features + (line + t - start) * (H * FW) + head * FW
-        if HALVES:
+        if not CAUSAL:
+            pass
+        elif HALVES:
             if (tile % NV == 0) & (tile // NV * SB % (1 << P) == 0):
                 store_halves(to, H * FW, logs, of_table, inside, t + c < end, C, L, SB, P, PL, N, HW, FW, LIFT,
                              PRECISION)  # fmt: skip
@@ -245,7 +247,7 @@ def accumulate_kernel(
             phi = operand(phi, PRECISION)
             masses = add_dot(masses, tl.trans(phi), ones, PRECISION)
         value_sum = add_dot(value_sum, tl.trans(phi), operand(of_rows, PRECISION), PRECISION)
-        if MIRRORED:
+        if CAUSAL and MIRRORED:
             if between & (i % SHARE == SHARE - 1):
                 tl.store(local + slot * V + state_at, value_sum.to(local.dtype.element_ty), mask=fits)
                 tl.store(local_mass + slot + s, tl.sum(masses, 1), mask=fits_mass)
@@ -261,7 +263,8 @@ def accumulate_kernel(
 def from_state(
     numerator, denominator, logs, first, state, local, local_mass, kept, has_local, features, stride, here, v,
     C: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LIFT: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
-    GB: tl.constexpr, PIECE: tl.constexpr, HALVES: tl.constexpr, FINE: tl.constexpr, PRECISION: tl.constexpr,
+    GB: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr, FINE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the state gives by the GB buckets from ``first`` on, whose logarithms these are."""
     for at in tl.range(first, first + GB, PIECE, num_stages=1):
@@ -275,7 +278,7 @@ def from_state(
         denominator += tl.sum(phi.to(tl.float32) * mass[None, :], 1)
         if not HALVES:
             to = features + ((tl.arange(0, C) * stride.to(tl.int32))[:, None] + s[None, :])
-            tl.store(to, phi, mask=here[:, None])
+            tl.store(to, phi, mask=here[:, None] & (s < WIDTH)[None, :])
     return numerator, denominator
 
 
@@ -341,7 +344,7 @@ def readout_kernel(
         logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
         numerator, denominator = from_state(
             numerator, denominator, logs, 0, state, local, local_mass, kept, sub > start, features_q, H * FW, queries,
-            v, C, P, N, LIFT, V, S, GB, PIECE, HALVES, OF_GRADIENT, PRECISION,
+            v, C, P, N, LIFT, V, S, GB, PIECE, SW, HALVES, OF_GRADIENT, PRECISION,
         )  # fmt: skip
     else:
         for at in range(0, SW, GB):
@@ -349,7 +352,7 @@ def readout_kernel(
             logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
             numerator, denominator = from_state(
                 numerator, denominator, logs, at, state, local, local_mass, kept, sub > start, features_q, H * FW,
-                queries, v, C, P, N, LIFT, V, S, GB, PIECE, HALVES, OF_GRADIENT, PRECISION,
+                queries, v, C, P, N, LIFT, V, S, GB, PIECE, SW, HALVES, OF_GRADIENT, PRECISION,
             )  # fmt: skip
     if HAS_DECAY:
         since = tl.exp(q_whole + q_part)

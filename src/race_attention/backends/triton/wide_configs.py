@@ -21,6 +21,7 @@ class Tiles:
         readout, query_sums, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared
             with. query_sums has all columns in one tile.
         buckets_gradient: (C, CK, SB, ...). query_gradient, key_gradient: likewise, by halves.
+        full_readout, full_query_gradient, full_key_gradient: (C, SB, ...), the first with VB, not causal.
     """
 
     width: int
@@ -32,6 +33,9 @@ class Tiles:
     buckets_gradient: tuple[int, int, int, int, int]
     query_gradient: tuple[int, int, int, int, int]
     key_gradient: tuple[int, int, int, int, int]
+    full_readout: tuple[int, int, int, int, int]
+    full_query_gradient: tuple[int, int, int, int]
+    full_key_gradient: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,9 @@ def tiles_of(shape: plan.Shape) -> Tiles:
             buckets_gradient=(128, 64, 128, 8, 2),
             query_gradient=(128, 32, 32, 8, 2),
             key_gradient=(128, 32, 32, 8, 2),
+            full_readout=(128, 64, narrow, 8, 1),
+            full_query_gradient=(128, 32, 8, 1),
+            full_key_gradient=(128, 32, 8, 1),
         )
     return Tiles(
         width,
@@ -106,6 +113,9 @@ def tiles_of(shape: plan.Shape) -> Tiles:
         buckets_gradient=(64, 32, 64, 8, 1),
         query_gradient=(64, 32, 32, 8, 1),
         key_gradient=(64, 32, 32, 8, 1),
+        full_readout=(128, 64, narrow, 8, 1),
+        full_query_gradient=(64, 32, 8, 1),
+        full_key_gradient=(64, 32, 8, 1),
     )
 
 
@@ -122,4 +132,7 @@ def _float32(shape: plan.Shape, columns: int) -> Tiles:
         buckets_gradient=(16, 16, 64, 8, 1),
         query_gradient=(16, 16, 32, 8, 1),
         key_gradient=(16, 16, 32, 8, 1),
+        full_readout=(32, 64, narrow, 8, 1),
+        full_query_gradient=(16, 32, 8, 1),
+        full_key_gradient=(16, 32, 8, 1),
     )

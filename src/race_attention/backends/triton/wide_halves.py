@@ -90,19 +90,16 @@ def add_halves(
 
 
 @triton.jit
-def finish(
-    of_logs, y, b, w, grad_x, stride, t, here, grad_y, program, beta_parts,
-    C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    NEED_PLANES: tl.constexpr,
-):  # fmt: skip
-    """From the gradients of logarithms those of tokens, of their projections and of beta: stores them."""
+def projection_gradients(of_logs, y, b, C: tl.constexpr, N: tl.constexpr):
+    """From the gradients of logarithms those of the projections, and of beta by token and plane, [C, N] twice."""
     of_up, of_down = tl.split(tl.permute(tl.reshape(of_logs, [C, 2, N]), (0, 2, 1)))
-    of_y, of_beta = side_gradients(of_up, of_down, y, b)
-    store_rows(grad_x, stride, t, here, unhashed(of_y, w, C, N, PRECISION), C, D, DP)
-    if NEED_PLANES:
-        at = grad_y + (tl.arange(0, C) * (stride // D * N).to(tl.int32))[:, None] + tl.arange(0, N)[None, :]
-        tl.store(at, operand(of_y, PRECISION), mask=here[:, None])
-    tl.store(beta_parts + program, tl.sum(tl.sum(of_beta, 1), 0))
+    return side_gradients(of_up, of_down, y, b)
+
+
+@triton.jit
+def store_grad_y(base, stride, here, of_y, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    at = base + (tl.arange(0, C) * stride.to(tl.int32))[:, None] + tl.arange(0, N)[None, :]
+    tl.store(at, operand(of_y, PRECISION), mask=here[:, None])
 
 
 # -------------------------------------------------------------------------------------------- gradients
@@ -196,9 +193,11 @@ def query_gradient_kernel(
         score, grads = compared(halves, grads, along, of_k, G * FW, j < end, C, CK, L, P, PL, HW, FW, PRECISION)
     of_logs = add_halves(of_logs, halves, grads, L, P, PL, N, HW, PRECISION)
     program = (tl.program_id(0) // H).to(tl.int64) * H + head
-    finish(of_logs, y, b, w, grad_query + (batch * T * H + head) * D, H * D, t, queries,
-           grad_y + ((line + t - start) * H + head) * N, program, beta_parts, C, D, DP, N, PRECISION,
-           NEED_PLANES)  # fmt: skip
+    of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
+    store_rows(grad_query + (batch * T * H + head) * D, H * D, t, queries, unhashed(of_y, w, C, N, PRECISION), C, D, DP)
+    if NEED_PLANES:
+        store_grad_y(grad_y + ((line + t - start) * H + head) * N, H * N, queries, of_y, C, N, PRECISION)
+    tl.store(beta_parts + program, tl.sum(tl.sum(of_beta, 1), 0))
 
 
 @kernel
@@ -309,9 +308,11 @@ def key_gradient_kernel(
         tl.store(of_key + (line + t - start + c) * G + group, terms, mask=keys)
     of_logs = add_halves(of_logs, halves, grads, L, P, PL, N, HW, PRECISION)
     program = (tl.program_id(0) // G).to(tl.int64) * G + group
-    finish(of_logs, y, b, w, grad_key + (batch * T * G + group) * D, G * D, t, keys,
-           grad_y + ((line + t - start) * G + group) * N, program, beta_parts, C, D, DP, N, PRECISION,
-           NEED_PLANES)  # fmt: skip
+    of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
+    store_rows(grad_key + (batch * T * G + group) * D, G * D, t, keys, unhashed(of_y, w, C, N, PRECISION), C, D, DP)
+    if NEED_PLANES:
+        store_grad_y(grad_y + ((line + t - start) * G + group) * N, G * N, keys, of_y, C, N, PRECISION)
+    tl.store(beta_parts + program, tl.sum(tl.sum(of_beta, 1), 0))
 
 
 @kernel
@@ -319,12 +320,13 @@ def planes_kernel(
     x, grad_y, table, planes_parts, xb: tl.int64, xt: tl.int64, xh: tl.int64,
     first: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
-    ROWS: tl.constexpr, NS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr,
+    GROUPS: tl.constexpr, GB: tl.constexpr, ROWS: tl.constexpr, SP: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A run's part of the gradient of the hyperplanes, from that of projections (programs: runs * H).
+    """A run's part of the gradient of the hyperplanes, from that of projections (programs: runs * H, groups of planes).
 
-    Of the NS parts of a table, which other kernels leave for its tiles, the first; the others are zero.
+    ``grad_y`` is [lines, H, GROUPS * N]. A part is [NS, ROWS, D], one place for each tile of SP buckets: that of the
+    table's first tile where it has several, whose others are zero.
     """
     H = G * SHARE
     run = first + tl.program_id(0) // H
@@ -338,9 +340,12 @@ def planes_kernel(
     for t in range(start, end, C):
         here = t + c < end
         rows = load_rows(x, xt, t, here, C, D, DP, ALIGNED)
-        at = grad_y + ((line + t - start + c) * (H * N) + head * N)[:, None] + n[None, :]
-        of_y = tl.load(at, mask=here[:, None], other=0.0)
+        at = ((line + t - start + c) * H + head) * (GROUPS * N) + tl.program_id(1) * N
+        of_y = tl.load(grad_y + at[:, None] + n[None, :], mask=here[:, None], other=0.0)
         total = add_dot(total, tl.trans(operand(rows, PRECISION)), of_y, PRECISION)
-    part = (run * H + head) * (L * NS * ROWS) + n // P * (NS * ROWS) + n % P
-    mask = (d < D)[:, None] & (n < L * P)[None, :]
+    own = tl.program_id(1) * (GB >> P) + n // P
+    tables: tl.constexpr = max(SP >> P, 1)
+    place_of = own // tables * max((1 << P) // SP, 1) * ROWS + own % tables * P + n % P
+    part = (run * H + head) * (NS * ROWS) + place_of
+    mask = (d < D)[:, None] & ((n // P < max(GB >> P, 1)) & (own < L))[None, :]
     tl.store(planes_parts + part[None, :] * D + d[:, None], total, mask=mask)

@@ -37,9 +37,10 @@ class Segments:
         self.p, self.runs, self.totals = p, runs, totals
         item = 2 if p.shape.precision == "bf16" else 4
         states = 4 * p.shape.state_size * p.groups // plan.SUB_RUN
-        line = 2 * (p.heads + p.groups) * tiles_of(p.shape).width * item + 2 * states  # of a backward pass
-        if p.grad_out is None:
-            line //= 2
+        halves = halves_of(p.shape, tiles_of(p.shape).width)
+        line = (p.heads + p.groups) * halves.stored * item + states
+        if p.grad_out is not None:  # by all buckets, their gradients too
+            line += states if halves.used else line
         tokens, fits = p.batch * p.queries, SCRATCH_BYTES // line
         each = runs.count if tokens <= fits else max(fits // runs.length, 1)
         self.lines = tokens if tokens <= fits else each * runs.length
@@ -199,7 +200,7 @@ class Segment:
             x, rows, self.mask, p.hyperplanes, p.beta, pointer_or(deltas, p.beta), pointer_or(p.inverses, p.beta),
             self.decay[0], self.table, features, states, *between,
             *x.stride()[:3], *rows.stride()[:3], *p.mask_strides, self.first, self.lines, *self._lengths,
-            SHARE=p.share if mirrored else 1, VB=columns, SB=buckets, C=block, MIRRORED=mirrored,
+            SHARE=p.share if mirrored else 1, VB=columns, SB=buckets, C=block, MIRRORED=mirrored, CAUSAL=True,
             HAS_MASK=p.key_mask is not None and not mirrored, HAS_DECAY=p.log_decay is not None,
             **self._state, **self._buckets(buckets), **self._options(config),
         )  # fmt: skip
@@ -333,18 +334,31 @@ class Segment:
         self, x: Tensor, share: int, grad_y: Tensor, of_beta: Tensor, parts: tuple[Tensor, Tensor], planes: bool
     ) -> None:
         """From the blocks' parts of the parameters' gradients the runs'."""
-        p, shape, heads = self.p, self.p.shape, x.shape[2]
         runs = slice(self.first, self.first + self.count)
-        parts[1][runs] = of_beta.view(self.count, -1, heads).sum(1)
-        if not planes:
-            return
-        parts[0][runs] = 0
-        t, run, _, per_row, groups = self._lengths
-        config = self.tiles.feature_gradients
-        start(
-            wide_halves.planes_kernel, (self.count * heads,),
-            x, grad_y, self.table, parts[0], *x.stride()[:3], self.first, t, run, per_row, groups,
-            SHARE=share, L=shape.tables, P=shape.planes, D=shape.dim, DP=plan.power_of_two(shape.dim, 16),
-            N=grad_y.shape[2], ROWS=shape.rows, NS=shape.tiles // shape.tables, C=config[0],
-            PRECISION=shape.precision, **self._options(config),
-        )  # fmt: skip
+        parts[1][runs] = of_beta.view(self.count, -1, x.shape[2]).sum(1)
+        if planes:
+            parts[0][runs] = 0
+            group = group_of(self.p.shape, self.tiles.query_gradient[2], True)
+            lengths = self.p.queries, self.runs.length, self.runs.per_row, self.p.groups
+            planes_of_runs(self.p, x, share, grad_y, self.table, parts[0], (self.first, *lengths), self.count, group)
+
+
+def planes_of_runs(
+    p: Problem, x: Tensor, share: int, grad_y: Tensor, table: Tensor, parts: Tensor, lengths: tuple[int, ...],
+    runs: int, group: int,
+) -> None:  # fmt: skip
+    """The runs' parts of the hyperplanes' gradient, from that of the projections, [lines, heads, groups of planes].
+
+    Args:
+        lengths: first run, T, RUN, NC, G. group: GB. parts: zeros where this leaves none.
+    """
+    shape, config = p.shape, tiles_of(p.shape).feature_gradients
+    groups = -(-shape.buckets // group)
+    start(
+        wide_halves.planes_kernel, (runs * x.shape[2], groups),
+        x, grad_y, table, parts, *x.stride()[:3], *lengths,
+        SHARE=share, L=shape.tables, P=shape.planes, D=shape.dim, DP=plan.power_of_two(shape.dim, 16),
+        N=grad_y.shape[2] // groups, GROUPS=groups, GB=group, ROWS=shape.rows, SP=shape.tile, NS=shape.tiles,
+        C=config[0], PRECISION=shape.precision, ALIGNED=p.aligned, PACKED=p.bounds is not None,
+        num_warps=config[-2], num_stages=config[-1],
+    )  # fmt: skip
