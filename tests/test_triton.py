@@ -242,10 +242,10 @@ def test_the_users_table_comes_first(tmp_path: Any, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("RACE_ATTENTION_CONFIG", str(tmp_path / "own.json"))
     configs._users_table.cache_clear()
-    name = configs.key("accumulate", 128, 128, 64, BFLOAT16)
+    name = configs.key("causal_readout", 128, 128, 64, BFLOAT16)
     configs.write_users_table({name: configs.Config(128, 8, 3)}, "some GPU")
-    assert configs.config("accumulate", 128, 128, 64, BFLOAT16) == configs.Config(128, 8, 3)
-    assert configs.config("accumulate", 64, 128, 64, BFLOAT16) != configs.Config(128, 8, 3)
+    assert configs.config("causal_readout", 128, 128, 64, BFLOAT16) == configs.Config(128, 8, 3)
+    assert configs.config("causal_readout", 64, 128, 64, BFLOAT16) != configs.Config(128, 8, 3)
     monkeypatch.undo()
     configs._users_table.cache_clear()
 

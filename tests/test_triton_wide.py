@@ -5,6 +5,7 @@ On a GPU as they are, without one in Triton's interpreter (TRITON_INTERPRET=1), 
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -15,7 +16,16 @@ from race_attention.testing import make_inputs, oracle
 from tests.helpers import assert_equal_results, evaluate, in_double, whole
 
 pytest.importorskip("triton")
-from race_attention.backends.triton import configs, plan, wide_configs, wide_segments
+from race_attention.backends.triton import (
+    configs,
+    full_wide,
+    plan,
+    wide,
+    wide_configs,
+    wide_gradients,
+    wide_halves,
+    wide_segments,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -113,3 +123,13 @@ def test_lengths_as_they_are() -> None:
     )  # fmt: skip
     right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, torch.float16)
+
+
+def test_numbers_are_never_specialised() -> None:
+    """No length, count or stride is a part of what is compiled."""
+    for module in (wide, wide_gradients, wide_halves, full_wide):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel"):
+                parameters = inspect.signature(kernel.fn).parameters.values()
+                numbers = {x.name for x in parameters if x.annotation == "tl.int64"}
+                assert numbers <= set(wide.NEVER_SPECIALIZED), name

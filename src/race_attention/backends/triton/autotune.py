@@ -77,7 +77,8 @@ def autotune(
         report: gets a line a kernel.
 
     Returns:
-        The path of the user's table, with this shape class added.
+        The path of the user's table, with this shape class added. Where buckets fill several tiles nothing is: their
+        configurations are in wide_configs.py.
 
     Raises:
         ValueError: there is no GPU.
@@ -89,12 +90,11 @@ def autotune(
     shape = plan.shape_class(dim, value_dim, tables, planes, dtype, precision_of(dtype))
     padded = plan.power_of_two(dim, 16), plan.power_of_two(value_dim, 16)
     names = {
-        kernel: configs.key(kernel if shape.narrow else f"wide_{kernel}", *padded, shape.tile, dtype)
-        for kernel in (configs.KERNELS if shape.narrow else _OF_SEVERAL_TILES)
-        if not (shape.narrow and kernel == "accumulate")  # of several tiles alone
+        kernel: configs.key(kernel, *padded, shape.tile, dtype)
+        for kernel in (configs.KERNELS if shape.narrow else ())
     }
     jobs = [(kernel, name, candidate) for kernel, name in names.items() for candidate in candidates]
-    broken = {} if interpreted else _compile_ahead(jobs, shape, workers, report)
+    broken = {} if interpreted or not jobs else _compile_ahead(jobs, shape, workers, report)
     found: dict[str, Config] = {}
     for kernel, name in names.items():
         times: dict[Config, float] = {}
@@ -175,9 +175,7 @@ def _unusable(error: Exception | None) -> str | None:
     return None
 
 
-#: Causal calls of several tiles have a table of their own, wide_configs.py.
-_OF_SEVERAL_TILES = ("accumulate", "full_readout", "full_query_gradient", "full_key_gradient")
-_FORWARD = ("accumulate", "causal_key_states", "causal_readout", "full_accumulate", "full_readout")
+_FORWARD = ("causal_key_states", "causal_readout", "full_accumulate", "full_readout")
 
 
 class _Step:

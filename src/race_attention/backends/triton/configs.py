@@ -1,5 +1,7 @@
 """The table of kernel configurations, by shape class, and the user's own on top of it.
 
+For heads whose buckets fit one tile; others have theirs in wide_configs.py.
+
 ``race-attention autotune`` (:mod:`race_attention.backends.triton.autotune`) times a handful of configurations for a
 shape class on the GPU at hand and writes the best to ``$RACE_ATTENTION_CONFIG``, or ``triton.json`` in the user's
 configuration directory; that file is read when the first kernel is launched.
@@ -37,7 +39,6 @@ class Config:
 #: Tokens of the longest runs, where a program carries the state from block to block.
 LONGEST_RUN = 2048
 KERNELS = (
-    "accumulate",
     "causal_key_states",
     "causal_readout",
     "causal_adjoint",
@@ -79,7 +80,6 @@ def key(kernel: str, dim: int, value_dim: int, buckets: int, dtype: torch.dtype)
 #: (block, warps, stages) by buckets of a tile, 16-bit inputs, D and Dv up to 128: measured on an H200 with D = 128.
 #: With 168 registers at most, three programs of four warps run on a multiprocessor, with 128 four.
 _MEASURED: dict[str, dict[int, tuple[int, ...]]] = {
-    "accumulate": {16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
     "causal_key_states": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 2)},
     "causal_readout": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
     "causal_adjoint": {16: (64, 4, 3), 32: (64, 4, 2), 64: (64, 4, 2)},
@@ -93,9 +93,6 @@ _MEASURED: dict[str, dict[int, tuple[int, ...]]] = {
 
 
 def _default(kernel: str, dim: int, buckets: int, dtype: torch.dtype) -> Config:
-    if kernel.startswith("wide_"):  # one block is one run: all the same, and long
-        wide = Config(64, 4, 1) if dtype != torch.float32 else Config(16, 8, 1)
-        return wide if dim <= 128 else Config(16, 8, 1)
     if dtype != torch.float32:
         return Config(*_MEASURED[kernel][buckets]) if dim <= 128 else Config(32, 8, 1)
     return Config(16, 4, 1) if dim <= 64 else Config(16, 8, 1)  # blocks of 32 make ptxas give up on registers

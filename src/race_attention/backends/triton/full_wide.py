@@ -84,7 +84,7 @@ def query_gradient_kernel(
     LIFT: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
-    """grad_query of a block of queries, contiguous, and ``deltas``, grad_out . out [B, H, T] (programs: runs * blocks * H).
+    """grad_query of a block of queries, and ``deltas``, grad_out . out [B, H, T] (programs: runs * blocks * H).
 
     The rest as :func:`race_attention.backends.triton.wide_halves.query_gradient_kernel`, ``grad_y`` for each group of
     planes.

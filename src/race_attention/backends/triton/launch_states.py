@@ -1,4 +1,4 @@
-"""Launching the kernels of states: the first two verbs, accumulate and scan."""
+"""Launching the kernels of states' scan."""
 
 from __future__ import annotations
 
@@ -13,20 +13,6 @@ from .start import start
 
 #: Runs and elements of a state that one program of the scan takes at a time.
 SCAN_RUNS, SCAN_ELEMENTS = 64, 32
-
-
-def accumulate(p: Problem, runs: plan.Runs) -> Tensor:
-    """The state that the keys of each run leave, of a call that is not causal and has several tiles of buckets."""
-    states_of_runs = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
-    if runs.count * p.groups:
-        start(
-            states.accumulate_kernel, (runs.count * p.groups, p.shape.tiles),
-            p.key, p.value, pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta),
-            states_of_runs, *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
-            p.keys, runs.length, runs.per_row, p.groups, HAS_MASK=p.key_mask is not None,
-            **p.options("accumulate", tiles=False),
-        )  # fmt: skip
-    return states_of_runs
 
 
 def scan(

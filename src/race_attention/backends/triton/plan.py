@@ -115,9 +115,10 @@ class Shape:
         return always | ({"NS": self.tiles} if tiles else {})
 
     def config(self, kernel: str) -> configs.Config:
-        """The configuration of a kernel; where buckets fill several tiles, of its ``wide_`` variant."""
-        name = kernel if self.narrow else f"wide_{kernel}"
-        return configs.config(name, power_of_two(self.dim, 16), power_of_two(self.value_dim, 16), self.tile, self.dtype)
+        """The configuration of a kernel, where the buckets fit one tile."""
+        return configs.config(
+            kernel, power_of_two(self.dim, 16), power_of_two(self.value_dim, 16), self.tile, self.dtype
+        )
 
 
 @functools.cache
@@ -134,13 +135,11 @@ def shape_class(dim: int, value_dim: int, tables: int, planes: int, dtype: torch
 
 @functools.lru_cache(maxsize=1024)
 def run_lengths(shape: Shape, causal: bool = True) -> tuple[int, int]:
-    """The shortest and the longest runs. Where buckets fill several tiles both are one block.
+    """The shortest and the longest runs where the buckets fit one tile.
 
     A scan over many states waits for itself: where it is causal or the states are large, runs are twice as long.
     """
     blocks = {kernel: shape.config(kernel).block for kernel in configs.KERNELS}
-    if not shape.narrow:
-        return min(blocks.values()), min(blocks.values())
     shortest = max(block for kernel, block in blocks.items() if kernel.startswith("full") != causal)
     shortest = max(shortest, shape.chunk) if causal else shortest
     return shortest, 2 * configs.LONGEST_RUN if causal or shape.tile == 64 else configs.LONGEST_RUN

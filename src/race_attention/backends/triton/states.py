@@ -1,4 +1,4 @@
-"""The states of runs of tokens, and the scan over them: the first two of the three verbs.
+"""The scan over the states of runs of tokens: the second of the three verbs.
 
 A state is ``S * V`` value sums and then ``S`` masses, float32, at ``(run * G + head) * S * (V + 1)``.
 """
@@ -8,61 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import (
-    add_dot,
-    buckets,
-    corner_signs,
-    keys_inside,
-    load_decay,
-    load_planes,
-    load_rows,
-    operand,
-    project,
-    run_bounds,
-    store_state,
-    whole_rows,
-)
-
-NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "kb", "kt", "kh", "vb", "vt", "vh", "mb", "mt", "mh"]
-
-
-@triton.jit(do_not_specialize=NEVER_SPECIALIZED)
-def accumulate_kernel(
-    key, value, key_mask, planes, beta, table, states,
-    kb: tl.int64, kt: tl.int64, kh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
-    mb: tl.int64, mt: tl.int64, mh: tl.int64,
-    T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, C: tl.constexpr,
-    LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
-    """The state that each run of keys alone leaves (programs: runs * G, bucket tiles). Not causal: nothing decays."""
-    S: tl.constexpr = L << P
-    run = tl.program_id(0) // G
-    head = tl.program_id(0) - run * G
-    tile = tl.program_id(1)
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    key += whole_rows(batch * kb + head * kh, ALIGNED)
-    value += whole_rows(batch * vb + head * vh, ALIGNED)
-    key_mask += batch * mb + head * mh
-    b = tl.load(beta + head)
-    w = load_planes(planes, head, tile, L, P, D, DP, N, SP)
-    up, down = corner_signs(tile, P, N, SP, PRECISION)
-
-    value_sum = tl.zeros([VP, SP], tl.float32)
-    mass = tl.zeros([SP], tl.float32)
-    for t in range(start, end, C):
-        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        k = load_rows(key, kt, t, inside, C, D, DP, ALIGNED)
-        v = load_rows(value, vt, t, inside, C, V, VP, ALIGNED)
-        phi = buckets(project(k, w, PRECISION), b, up, down, tile, S, SP, LIFT, PRECISION)
-        phi = tl.where(inside[:, None], phi, 0.0)
-        phi = operand(phi, PRECISION)
-        value_sum = add_dot(value_sum, tl.trans(operand(v, PRECISION)), phi, PRECISION)
-        mass += tl.sum(phi.to(tl.float32), 0)  # of the rounded weights: mass and value_sum stay consistent
-    base = states + (run.to(tl.int64) * G + head) * (S * (V + 1))
-    store_state(base, tile, value_sum, mass, S, SP, V, VP)
+from .device import load_decay, run_bounds
 
 
 @triton.jit

@@ -36,7 +36,7 @@ from .narrow import hashed
 from .wide_features import buckets_at, halves_of, kernel_of, load_group, side_logs, store_halves
 
 NEVER_SPECIALIZED = ["first", "lines", "T", "RUN", "SUB", "NC", "G", "BLOCKS"]
-NEVER_SPECIALIZED += ["xb", "xt", "xh", "qb", "qt", "qh", "vb", "vt", "vh", "ob", "ot", "oh", "mb", "mt", "mh", "gb", "gt", "gh"]
+NEVER_SPECIALIZED += [of + along for of in "xqkvomg" for along in "bth"]
 
 
 def kernel(function: Any) -> Any:
