@@ -215,8 +215,7 @@ def accumulate_kernel(
             pass
         elif HALVES:
             if (tile % NV == 0) & (tile // NV * SB % (1 << P) == 0):
-                store_halves(to, H * FW, logs, of_table, inside, t + c < end, C, L, SB, P, PL, N, HW, FW, LIFT,
-                             PRECISION)  # fmt: skip
+                store_halves(to, H * FW, logs, of_table, inside, t + c < end, C, L, SB, P, PL, N, HW, LIFT, PRECISION)
         else:
             if tile % NV == 0:
                 tl.store(to + ((c * (H * FW).to(tl.int32))[:, None] + s[None, :]), operand(phi, PRECISION),
@@ -368,7 +367,7 @@ def readout_kernel(
         inside = keys_inside(key_mask, mt, u, end, CK, HAS_MASK)
         of_k = features_k + (u - start) * (G * FW)
         if HALVES:
-            score = kernel_of(halves, of_k, G * FW, j < end, C, CK, L, P, PL, HW, FW, PRECISION)
+            score = kernel_of(halves, of_k, G * FW, j < end, C, CK, L, HW, PRECISION)
         else:
             score = tl.zeros([C, CK], tl.float32)
             for at in range(0, SW, SB):

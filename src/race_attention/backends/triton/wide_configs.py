@@ -43,7 +43,7 @@ class Halves:
     """How tokens are compared, see wide_features.py.
 
     Attributes:
-        used: whether by the halves of each table's planes. lower: PL. width: HW, buckets of a half, padded.
+        used: whether by the halves of each table's planes. lower: PL. width: HW, buckets of both halves, padded.
         stored: FW, numbers stored of a token.
     """
 
@@ -62,8 +62,8 @@ def halves_of(shape: plan.Shape, width: int, wanted: bool = True) -> Halves:
     """Tables of many planes are compared by halves, if ``wanted`` and so few that a program holds them all."""
     lower = (shape.planes + 1) // 2
     used = wanted and shape.planes >= 6 and shape.tables <= 4
-    stored = shape.tables * ((1 << lower) + (1 << shape.planes - lower)) if used else width
-    return Halves(used, lower, max(16, 1 << lower), stored)
+    both = plan.power_of_two((1 << lower) + (1 << shape.planes - lower), 16)
+    return Halves(used, lower, both, shape.tables * both if used else width)
 
 
 def group_of(shape: plan.Shape, least: int, whole: bool) -> int:

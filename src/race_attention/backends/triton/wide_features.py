@@ -87,32 +87,37 @@ def buckets_at(
     return tl.exp2(sum_of_logs(logs, corners, lift, C, W, PRECISION))
 
 
+# What is stored of a token, [FW]: for each table HW numbers, the 2**PL buckets of the lower half of its planes, those
+# of the upper half, and zeros. Between an operand of all of them and one whose other half is zero a product sees one.
+
+
 @triton.jit
 def half_corners(
-    table, UPPER: tl.constexpr, W: tl.constexpr, P: tl.constexpr, PL: tl.constexpr, N: tl.constexpr,
+    first, W: tl.constexpr, P: tl.constexpr, PL: tl.constexpr, N: tl.constexpr, HW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`corners_of`, of the table'th table of a group: the buckets of one half of its planes alone, [2N, W]."""
+    """As :func:`corners_of`: of the halves of a group's tables from the first'th on, [2N, W]."""
     row = tl.arange(0, 2 * N)[:, None]
-    s = tl.arange(0, W)[None, :]
-    p = row % N - table * P
-    if UPPER:
-        chosen = (p >= PL) & (p < P) & ((((s >> tl.maximum(p - PL, 0)) & 1) == 1) == (row < N))
-    else:
-        chosen = (p >= 0) & (p < PL) & ((((s >> tl.maximum(p, 0)) & 1) == 1) == (row < N))
-    corners = tl.where(chosen, 1.0, 0.0)
+    column = tl.arange(0, W)[None, :]
+    p = row % N - (first + column // HW) * P
+    s = column % HW
+    lower = s < (1 << PL)
+    bit = tl.where(lower, s >> tl.maximum(p, 0), (s - (1 << PL)) >> tl.maximum(p - PL, 0)) & 1
+    own = (p >= 0) & (p < P) & ((p < PL) == lower) & (s < (1 << PL) + (1 << (P - PL)))
+    corners = tl.where(own & ((bit == 1) == (row < N)), 1.0, 0.0)
     return corners if PRECISION == "ieee" else corners.to(tl.float16)
 
 
 @triton.jit
 def half_buckets(
-    logs, table, UPPER: tl.constexpr, C: tl.constexpr, W: tl.constexpr, P: tl.constexpr, PL: tl.constexpr,
-    N: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
+    logs, first, C: tl.constexpr, W: tl.constexpr, P: tl.constexpr, PL: tl.constexpr, N: tl.constexpr,
+    HW: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The buckets of one half of the planes of a group's table'th table, [C, W] float32; 0 where there are fewer."""
-    PH: tl.constexpr = P - PL if UPPER else PL
-    lift = (LIFT * PH + tl.minimum((1 << PH) - 1 - tl.arange(0, W), 0) * 1024).to(tl.float32)
-    corners = half_corners(table, UPPER, W, P, PL, N, PRECISION)
+    """The halves of W // HW tables of a group from the first'th on, [C, W] float32."""
+    s = tl.arange(0, W) % HW
+    past = tl.minimum((1 << PL) + (1 << (P - PL)) - 1 - s, 0) * 1024
+    lift = (tl.where(s < (1 << PL), LIFT * PL, LIFT * (P - PL)) + past).to(tl.float32)
+    corners = half_corners(first, W, P, PL, N, HW, PRECISION)
     return tl.exp2(sum_of_logs(logs, corners, lift, C, W, PRECISION))
 
 
@@ -121,75 +126,54 @@ def halves_of(
     logs, here, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr, PL: tl.constexpr, N: tl.constexpr, HW: tl.constexpr,
     LIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The buckets of both halves of the planes of L tables, a tuple of 2 L [C, HW]; zeros where not ``here`` [C]."""
+    """The lower and the upper half of each of L tables, zeros for the other: a tuple of 2 L [C, HW].
+
+    Zeros where not ``here`` [C].
+    """
     halves = ()
+    lower = (tl.arange(0, HW) < (1 << PL))[None, :]
     for table in tl.static_range(L):
-        lower = half_buckets(logs, table, False, C, HW, P, PL, N, LIFT, PRECISION)
-        upper = half_buckets(logs, table, True, C, HW, P, PL, N, LIFT, PRECISION)
-        lower = operand(tl.where(here[:, None], lower, 0.0), PRECISION)
-        halves = halves + (lower, operand(tl.where(here[:, None], upper, 0.0), PRECISION))
+        both = half_buckets(logs, table, C, HW, P, PL, N, HW, LIFT, PRECISION)
+        both = operand(tl.where(here[:, None], both, 0.0), PRECISION)
+        halves = halves + (tl.where(lower, both, 0.0), tl.where(lower, 0.0, both))
     return halves
-
-
-# What is stored of a token, [FW]: for each table the lower half's 2**PL buckets and the upper's 2**(P - PL).
-
-
-@triton.jit
-def _store_half(base, stride, half, here, C: tl.constexpr, HW: tl.constexpr, WIDTH: tl.constexpr):
-    column = tl.arange(0, HW)
-    mask = here[:, None]
-    if HW != WIDTH:
-        mask = mask & (column < WIDTH)[None, :]
-    tl.store(base + ((tl.arange(0, C) * stride.to(tl.int32))[:, None] + column[None, :]), half, mask=mask)
 
 
 @triton.jit
 def store_halves(
     base, stride, logs, table, inside, here, C: tl.constexpr, L: tl.constexpr, SB: tl.constexpr, P: tl.constexpr,
-    PL: tl.constexpr, N: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr, LIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PL: tl.constexpr, N: tl.constexpr, HW: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes the halves of the tables of SB buckets, from ``table`` on, to the tokens that are ``here`` [C].
 
     ``logs`` are the tables'. Zeros where not ``inside`` [C].
     """
-    for i in tl.static_range(((SB - 1) >> P) + 1):
-        here_too = here & (tl.zeros([C], tl.int32) + (table + i) < L)
-        at = base + (table + i) * (FW // L)
-        lower = half_buckets(logs, i, False, C, HW, P, PL, N, LIFT, PRECISION)
-        lower = operand(tl.where(inside[:, None], lower, 0.0), PRECISION)
-        _store_half(at, stride, lower, here_too, C, HW, 1 << PL)
-        upper = half_buckets(logs, i, True, C, HW, P, PL, N, LIFT, PRECISION)
-        upper = operand(tl.where(inside[:, None], upper, 0.0), PRECISION)
-        _store_half(at + (1 << PL), stride, upper, here_too, C, HW, 1 << (P - PL))
+    W: tl.constexpr = max(SB >> P, 1) * HW
+    halves = half_buckets(logs, 0, C, W, P, PL, N, HW, LIFT, PRECISION)
+    halves = operand(tl.where(inside[:, None], halves, 0.0), PRECISION)
+    column = table * HW + tl.arange(0, W)
+    mask = here[:, None]
+    if L % max(SB >> P, 1) != 0:
+        mask = mask & (column < L * HW)[None, :]
+    tl.store(base + ((tl.arange(0, C) * stride.to(tl.int32))[:, None] + column[None, :]), halves, mask=mask)
 
 
 @triton.jit
-def load_half(
-    base, stride, table, UPPER: tl.constexpr, here, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr,
-):  # fmt: skip
-    """One half of a table of C tokens, [C, HW]; zeros where not ``here`` [C], and past its buckets."""
-    PH: tl.constexpr = P - PL if UPPER else PL
-    column = tl.arange(0, HW)
-    at = table * (FW // L) + UPPER * (1 << PL)
-    mask = here[:, None]
-    if HW != 1 << PH:
-        mask = mask & (column < (1 << PH))[None, :]
-    pointer = base + ((tl.arange(0, C) * stride.to(tl.int32))[:, None] + (at + column)[None, :])
-    return tl.load(pointer, mask=mask, other=0.0)
+def load_halves(base, stride, table, here, C: tl.constexpr, HW: tl.constexpr):
+    """Both halves of a table of C tokens, [C, HW]; zeros where not ``here`` [C]."""
+    at = (tl.arange(0, C) * stride.to(tl.int32))[:, None] + (table * HW + tl.arange(0, HW))[None, :]
+    return tl.load(base + at, mask=here[:, None], other=0.0)
 
 
 @triton.jit
 def kernel_of(
-    halves, base, stride, here, C: tl.constexpr, CK: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr, PRECISION: tl.constexpr,
+    halves, base, stride, here, C: tl.constexpr, CK: tl.constexpr, L: tl.constexpr, HW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """L kappa [C, CK] of a program's own tokens, by their ``halves``, and of stored ones."""
     score = tl.zeros([C, CK], tl.float32)
     for table in tl.static_range(L):
-        lower = load_half(base, stride, table, False, here, CK, L, P, PL, HW, FW)
-        upper = load_half(base, stride, table, True, here, CK, L, P, PL, HW, FW)
-        by_lower = dot(halves[2 * table], tl.trans(lower), PRECISION)
-        score += by_lower * dot(halves[2 * table + 1], tl.trans(upper), PRECISION)
+        both = tl.trans(load_halves(base, stride, table, here, CK, HW))
+        by_lower = dot(halves[2 * table], both, PRECISION)
+        score += by_lower * dot(halves[2 * table + 1], both, PRECISION)
     return score

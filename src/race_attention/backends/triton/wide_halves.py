@@ -30,7 +30,7 @@ from .device import (
 )
 from .narrow import hashed, unhashed
 from .wide import kernel, load_age, load_ages, load_between, load_columns, place, weights
-from .wide_features import buckets_at, corners_of, half_corners, halves_of, load_group, load_half, side_logs
+from .wide_features import buckets_at, corners_of, half_corners, halves_of, load_group, load_halves, side_logs
 
 # ------------------------------------------------------------------------------------------------ parts
 
@@ -57,20 +57,19 @@ def zeros_of(L: tl.constexpr, C: tl.constexpr, HW: tl.constexpr):
 
 @triton.jit
 def compared(
-    halves, grads, along, base, stride, here, C: tl.constexpr, CK: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr, PRECISION: tl.constexpr,
+    halves, grads, along, base, stride, here, C: tl.constexpr, CK: tl.constexpr, L: tl.constexpr, HW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(L kappa [C, CK] of own and stored tokens, ``grads`` and what ``along``, the kernel's gradient, adds to them)."""
     score = tl.zeros([C, CK], tl.float32)
     new = ()
     for table in tl.static_range(L):
-        lower = load_half(base, stride, table, False, here, CK, L, P, PL, HW, FW)
-        upper = load_half(base, stride, table, True, here, CK, L, P, PL, HW, FW)
-        by_lower = dot(halves[2 * table], tl.trans(lower), PRECISION)
-        by_upper = dot(halves[2 * table + 1], tl.trans(upper), PRECISION)
+        both = load_halves(base, stride, table, here, CK, HW)
+        by_lower = dot(halves[2 * table], tl.trans(both), PRECISION)
+        by_upper = dot(halves[2 * table + 1], tl.trans(both), PRECISION)
         score += by_lower * by_upper
-        of_lower = add_dot(grads[2 * table], operand(along * by_upper, PRECISION), lower, PRECISION)
-        of_upper = add_dot(grads[2 * table + 1], operand(along * by_lower, PRECISION), upper, PRECISION)
+        of_lower = add_dot(grads[2 * table], operand(along * by_upper, PRECISION), both, PRECISION)
+        of_upper = add_dot(grads[2 * table + 1], operand(along * by_lower, PRECISION), both, PRECISION)
         new = new + (of_lower, of_upper)
     return score, new
 
@@ -82,10 +81,10 @@ def add_halves(
 ):  # fmt: skip
     """Adds to the gradients of logarithms what those of the halves' buckets give."""
     for table in tl.static_range(L):
-        choice = tl.trans(half_corners(table, False, HW, P, PL, N, PRECISION))
-        of_logs = add_sums(of_logs, grads[2 * table] * halves[2 * table].to(tl.float32), choice, PRECISION)
-        choice = tl.trans(half_corners(table, True, HW, P, PL, N, PRECISION))
-        of_logs = add_sums(of_logs, grads[2 * table + 1] * halves[2 * table + 1].to(tl.float32), choice, PRECISION)
+        both = grads[2 * table] * halves[2 * table].to(tl.float32)
+        both += grads[2 * table + 1] * halves[2 * table + 1].to(tl.float32)
+        choice = tl.trans(half_corners(table, HW, P, PL, N, HW, PRECISION))
+        of_logs = add_sums(of_logs, both, choice, PRECISION)
     return of_logs
 
 
@@ -190,7 +189,7 @@ def query_gradient_kernel(
             along *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :])
         along = tl.where(past, along, 0.0)
         of_k = features_k + (u - start) * (G * FW)
-        score, grads = compared(halves, grads, along, of_k, G * FW, j < end, C, CK, L, P, PL, HW, FW, PRECISION)
+        score, grads = compared(halves, grads, along, of_k, G * FW, j < end, C, CK, L, HW, PRECISION)
     of_logs = add_halves(of_logs, halves, grads, L, P, PL, N, HW, PRECISION)
     program = (tl.program_id(0) // H).to(tl.int64) * H + head
     of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
@@ -294,7 +293,7 @@ def key_gradient_kernel(
             weight *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
         along = (dot(to_values, tl.trans(do), PRECISION) - delta[None, :]) * weight
         of_q = features_q + ((line + u - start) * H + head) * FW
-        score, grads = compared(halves, grads, along, of_q, H * FW, queries, C, CK, L, P, PL, HW, FW, PRECISION)
+        score, grads = compared(halves, grads, along, of_q, H * FW, queries, C, CK, L, HW, PRECISION)
         score = operand(score * weight, PRECISION)
         dv = add_dot(dv, score, do, PRECISION)
         if HAS_DECAY:
