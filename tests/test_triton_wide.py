@@ -62,11 +62,13 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         feature_gradients=(32, 128, 4, 1),
         accumulate=(16, 64, 32, 4, 1),
         readout=(32, 16, 128, 32, 4, 1),
-        query_sums=(32, 32, 64, 64, 4, 1),
         value_gradient=(16, 32, 64, 32, 4, 1),
         buckets_gradient=(32, 16, 64, 4, 1),
         query_gradient=(16, 32, 32, 4, 1),
         key_gradient=(32, 16, 64, 4, 1),
+        full_readout=(16, 64, 32, 4, 1),
+        full_query_gradient=(16, 32, 4, 1),
+        full_key_gradient=(32, 64, 4, 1),
     )
 
     def tiles_of(shape: plan.Shape) -> wide_configs.Tiles:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .device import add_dot, fine_dot, keys_inside, load_rows, operand, reciprocal, store_rows, whole_rows
 from .narrow import hashed, unhashed
-from .wide import kernel, load_columns, place
+from .wide import kernel, load_columns, load_delta, place, store_out
 from .wide_features import buckets_at, corners_of, load_group, side_logs
 from .wide_halves import add_sums, projection_gradients, store_grad_y
 
@@ -27,16 +27,16 @@ def load_tile(state, at, v, SB: tl.constexpr, S: tl.constexpr, V: tl.constexpr):
 
 @kernel
 def readout_kernel(
-    query, planes, beta, table, states, out, inverses,
+    query, planes, beta, table, states, out, residual, inverses,
     qb: tl.int64, qt: tl.int64, qh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     LIFT: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """out of a block of queries (programs: runs * blocks * H * column tiles) from the state [rows, G] of all keys.
 
-    ``out`` is contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators.
+    ``out`` and ``residual`` are contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators.
     """
     NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
@@ -67,22 +67,21 @@ def readout_kernel(
             numerator = add_dot(numerator, phi, operand(value_sum, PRECISION), PRECISION)
             denominator += tl.sum(phi.to(tl.float32) * mass[None, :], 1)
     inverse = reciprocal(denominator)
-    to = out + ((batch * T + t) * H + head) * V
-    mask = queries[:, None] & (v < V)[None, :]
-    result = (numerator * inverse[:, None]).to(out.dtype.element_ty)
-    tl.store(to + ((c * (H * V).to(tl.int32))[:, None] + v[None, :]), result, mask=mask)
+    at = ((batch * T + t) * H + head) * V
+    store_out(out, residual, at, H * V, queries, numerator * inverse[:, None], v, C, V, RESIDUAL)
     if column == 0:
         tl.store(inverses + (batch * H + head) * T + t + c, inverse, mask=queries)
 
 
 @kernel
 def query_gradient_kernel(
-    query, grad_out, out, planes, beta, deltas, inverses, table, states, grad_query, grad_y, beta_parts,
+    query, grad_out, out, residual, planes, beta, deltas, inverses, table, states, grad_query, grad_y, beta_parts,
     qb: tl.int64, qt: tl.int64, qh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     LIFT: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, NEED_PLANES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """grad_query of a block of queries, and ``deltas``, grad_out . out [B, H, T] (programs: runs * blocks * H).
 
@@ -108,8 +107,8 @@ def query_gradient_kernel(
     v = tl.arange(0, VP)
     queries = t + c < end
     do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
-    o = load_columns(out + (batch * T * H + head) * V, H * V, t, queries, 0, V, C, VP, ALIGNED and V % 8 == 0)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    at = (batch * T * H + head) * V
+    delta = load_delta(do, out + at, residual + at, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0, RESIDUAL)
     query_at = (batch * H + head) * T + t + c
     tl.store(deltas + query_at, delta, mask=queries)
     inverse = tl.load(inverses + query_at, mask=queries, other=0.0)

@@ -22,7 +22,8 @@ class Problem:
 
     ``inverses`` are 1 / denominators, [B, H, Tq], which the forward pass fills and the backward pass reads where it
     has any, as it reads ``out`` or ``features``, the keys' buckets [B, G, Tk, row], and ``inner``, ``marks`` and
-    ``fades`` of chunks (see :mod:`race_attention.backends.triton.plan`). Without ``keep`` there is no backward pass.
+    ``fades`` of chunks (see :mod:`race_attention.backends.triton.plan`). Where buckets fill several tiles ``inner`` is
+    what rounding took from out (see ``ops.kept_residual``). Without ``keep`` there is no backward pass.
     """
 
     query: Tensor

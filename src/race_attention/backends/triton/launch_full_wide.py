@@ -13,7 +13,7 @@ from .launch_states import scan
 from .ops import kept_states
 from .start import start
 from .wide_configs import group_of, planes_of, tiles_of
-from .wide_segments import planes_of_runs
+from .wide_segments import has_residual, planes_of_runs, residual_of
 
 State = tuple[Tensor | None, Tensor | None]
 
@@ -92,9 +92,11 @@ def _readout(p: Problem, seen: Tensor) -> Tensor:
     if runs.count * p.heads:
         start(
             full_wide.readout_kernel, (runs.count * blocks * p.heads * -(-p.shape.value_dim // columns),),
-            p.query, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), seen, out, p.inverses,
+            p.query, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), seen, out,
+            residual_of(p), p.inverses,
             *p.query.stride()[:3], p.queries, runs.length, runs.per_row, p.groups, blocks,
-            SHARE=p.share, VB=columns, GB=group, SB=buckets, C=block, **_options(p, config, group),
+            SHARE=p.share, VB=columns, GB=group, SB=buckets, C=block, RESIDUAL=has_residual(p),
+            **_options(p, config, group),
         )  # fmt: skip
     return out
 
@@ -118,10 +120,10 @@ def _query_gradient(p: Problem, runs: plan.Runs, kept: Tensor, sums: ParameterSu
     if of_beta.numel():
         start(
             full_wide.query_gradient_kernel, (of_beta.numel(),),
-            p.query, p.grad_out, p.out, p.hyperplanes, p.beta, deltas, p.inverses, pointer_or(runs.table, p.beta),
-            kept, dq, grad_y, of_beta, *p.query.stride()[:3], *p.grad_out.stride()[:3],
+            p.query, p.grad_out, p.out, residual_of(p), p.hyperplanes, p.beta, deltas, p.inverses,
+            pointer_or(runs.table, p.beta), kept, dq, grad_y, of_beta, *p.query.stride()[:3], *p.grad_out.stride()[:3],
             p.queries, runs.length, runs.per_row, p.groups, blocks,
-            SHARE=p.share, NEED_PLANES=sums.need_planes, **options,
+            SHARE=p.share, NEED_PLANES=sums.need_planes, RESIDUAL=has_residual(p), **options,
         )  # fmt: skip
     _parameters(p, runs, p.query, p.share, grad_y, of_beta, options["GB"], sums)
     return dq, deltas

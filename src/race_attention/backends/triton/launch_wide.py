@@ -55,8 +55,6 @@ def backward(
     segments = Segments(p, runs, totals)
     query_parts, key_parts = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
     for segment in segments:
-        if p.log_decay is not None:
-            segment.query_sums(kept, segment.between_keys(parts), deltas)
         if segment.halves.used:
             between = segment.between_keys(parts)
             segment.query_gradients(kept, between, deltas, dq, query_parts, sums.need_planes)

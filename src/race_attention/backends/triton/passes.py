@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import launch_causal, launch_causal_gradients, launch_full, launch_full_wide, launch_wide
 from .launch import ParameterSums, Problem, on
-from .ops import kept_chunks, kept_features, kept_inverses, shape_of
+from .ops import kept_chunks, kept_features, kept_inverses, kept_residual, shape_of
 
 
 def _launches_of(problem: Problem, narrow: ModuleType) -> ModuleType:
@@ -35,6 +35,7 @@ def forward(
     p.inner, p.marks, p.fades = kept_chunks(
         key, value, hyperplanes, p.rows, log_decay is not None, bounds is not None, causal, keep
     )
+    p.inner = kept_residual(query, value, hyperplanes, p.inner, keep)
     with on(query.device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p, launch_causal).forward(p, (mass, value_sum))
     return *result, p.inverses, p.features, p.inner, p.marks, p.fades

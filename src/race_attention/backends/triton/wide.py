@@ -9,8 +9,8 @@ state, and all of them run at once.
 A program computes the buckets of its own tokens. What tokens are compared by lies in memory, one *line* a token of the
 runs from ``first`` on: with HALVES the buckets of the halves of each table's planes, see
 :mod:`race_attention.backends.triton.wide_features`, else all buckets padded with zeros to SW: ``features``
-[lines, heads, FW]. The state between two sub-runs, before token ``t``, lies in slot ``line of t // SUB``, which no
-other has: such tokens are at least SUB apart. Gradients use the same tensors mirrored. Shape letters are those of
+[lines, heads, FW]. The state before a sub-run that begins at token ``t`` lies in slot ``line of t // SUB + runs before
+t's``, which no other has. Gradients use the same tensors mirrored. Shape letters are those of
 :mod:`race_attention.backends.triton.device`; SB buckets and VB of the Dv columns make a tile, GB buckets a group.
 """
 
@@ -23,7 +23,6 @@ import triton.language as tl
 
 from .device import (
     add_dot,
-    fine_dot,
     keys_inside,
     load_decay,
     load_rows,
@@ -139,7 +138,7 @@ def decay_kernel(
             whole_before = tl.zeros([], tl.float32)
             part_before = tl.zeros([], tl.float32)
             if t > start:
-                tl.store(boundaries + (line + t - start) // SUB * G + group, so_far)
+                tl.store(boundaries + ((line + t - start) // SUB + run - first) * G + group, so_far)
         whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
         at = ages + (line + t - start + c) * G + group
         tl.store(at, whole_before + whole, mask=t + c < end)
@@ -196,7 +195,7 @@ def accumulate_kernel(
     for i in range(0, blocks * SHARE):
         t = start + (blocks - 1 - i // SHARE if MIRRORED else i) * C
         head = group * SHARE + i % SHARE
-        slot = ((line + t - start) // SUB * G + group) * S
+        slot = (((line + t - start) // SUB + run - first) * G + group) * S
         between = ((t - start) % SUB == 0) & (t > start)
         if CAUSAL and not MIRRORED:
             if between:
@@ -258,22 +257,55 @@ def accumulate_kernel(
 # ----------------------------------------------------------------------------------------------- readout
 
 
+@kernel
+def merge_kernel(
+    boundaries, table, before, local, local_mass,
+    first: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
+    V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, E: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
+):  # fmt: skip
+    """Adds what came into the run to the states between its sub-runs (programs: runs * BLOCKS * G, parts of E).
+
+    The first sub-run of each run gets one too. In memory once, and not each time that a block of queries reads it.
+    """
+    group = tl.program_id(0) % G
+    block = tl.program_id(0) // G % BLOCKS
+    run = first + tl.program_id(0) // G // BLOCKS
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    sub = start + block * SUB
+    if sub >= end:
+        return
+    slot = ((line + sub - start) // SUB + run - first) * G + group
+    kept = tl.full([], 1.0, tl.float32)
+    if HAS_DECAY:
+        kept = tl.exp(tl.load(boundaries + slot, mask=block > 0, other=0.0)).to(tl.float32)
+    state = before + (run * G + group) * (S * (V + 1))
+    e = tl.program_id(1) * E + tl.arange(0, E)
+    local += slot * (S * V)
+    own = tl.load(local + e, mask=e < tl.where(block > 0, S * V, 0), other=0.0).to(tl.float32)
+    own += tl.load(state + e, mask=e < S * V, other=0.0) * kept
+    tl.store(local + e, own.to(local.dtype.element_ty), mask=e < S * V)
+    if tl.program_id(1) == 0:
+        s = tl.arange(0, SP)
+        local_mass += slot * S
+        mass = tl.load(local_mass + s, mask=s < tl.where(block > 0, S, 0), other=0.0)
+        mass += tl.load(state + S * V + s, mask=s < S, other=0.0) * kept
+        tl.store(local_mass + s, mass, mask=s < S)
+
+
 @triton.jit
 def from_state(
-    numerator, denominator, logs, first, state, local, local_mass, kept, has_local, features, stride, here, v,
+    numerator, denominator, logs, first, local, local_mass, features, stride, here, v,
     C: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LIFT: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
-    GB: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr, FINE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GB: tl.constexpr, SB: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the state gives by the GB buckets from ``first`` on, whose logarithms these are."""
-    for at in tl.range(first, first + GB, PIECE, num_stages=1):
-        phi = operand(buckets_at(logs, at, first >> P, C, PIECE, S, P, N, LIFT, PRECISION), PRECISION)
-        s = at + tl.arange(0, PIECE)
-        value_sum, mass = load_between(state, local, local_mass, kept, has_local, s, v, S, V)
-        if FINE:
-            numerator += fine_dot(phi, value_sum, PRECISION)
-        else:
-            numerator = add_dot(numerator, phi, operand(value_sum, PRECISION), PRECISION)
+    for at in tl.range(first, first + GB, SB, num_stages=2):
+        phi = operand(buckets_at(logs, at, first >> P, C, SB, S, P, N, LIFT, PRECISION), PRECISION)
+        s = at + tl.arange(0, SB)
+        mask = (s < S)[:, None] & (v < V)[None, :]
+        value_sum = tl.load(local + s[:, None] * V + v[None, :], mask=mask, other=0.0)
+        mass = tl.load(local_mass + s, mask=s < S, other=0.0)
+        numerator = add_dot(numerator, phi, value_sum, PRECISION)
         denominator += tl.sum(phi.to(tl.float32) * mass[None, :], 1)
         if not HALVES:
             to = features + ((tl.arange(0, C) * stride.to(tl.int32))[:, None] + s[None, :])
@@ -281,12 +313,33 @@ def from_state(
     return numerator, denominator
 
 
+@triton.jit
+def store_out(base, residual, at, stride, here, x, v, C: tl.constexpr, V: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Writes out [C, VB] to the columns v, from the element ``at`` on, and what rounding takes from it."""
+    at += (tl.arange(0, C) * stride.to(tl.int32))[:, None] + v[None, :]
+    mask = here[:, None] & (v < V)[None, :]
+    rounded = x.to(base.dtype.element_ty)
+    tl.store(base + at, rounded, mask=mask)
+    if RESIDUAL:
+        tl.store(residual + at, (x - rounded.to(tl.float32)).to(residual.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_delta(do, out, residual, stride, t, here, C: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+               ALIGNED: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """grad_out . out of a block [C], of the unrounded out where there is a residual."""
+    o = load_columns(out, stride, t, here, 0, V, C, VP, ALIGNED).to(tl.float32)
+    if RESIDUAL:
+        o += load_columns(residual, stride, t, here, 0, V, C, VP, ALIGNED).to(tl.float32)
+    return tl.sum(do.to(tl.float32) * o, 1)
+
+
 @kernel
 def readout_kernel(
-    query, features_q, features_k, value, key_mask, planes, beta, ages, boundaries, table, before, local, local_mass,
-    grad_out, out, inverses, deltas,
+    query, features_q, features_k, value, key_mask, planes, beta, ages, table, local, local_mass, out, residual,
+    inverses,
     qb: tl.int64, qt: tl.int64, qh: tl.int64,
-    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
+    vb: tl.int64, vt: tl.int64, vh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64,
     first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
     BLOCKS: tl.int64,
@@ -294,18 +347,14 @@ def readout_kernel(
     LIFT: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, GB: tl.constexpr,
     SB: tl.constexpr, PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr, HALVES: tl.constexpr,
     C: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, FEW: tl.constexpr, OF_GRADIENT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """out of a block of queries (programs: runs * blocks * H * column tiles).
 
-    ``out`` is contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators. Without HALVES the buckets go
-    through ``features_q``: they fill the registers.
-
-    OF_GRADIENT, with all columns in one tile: ``deltas`` instead, grad_out . out before out is rounded. The gradient
-    of a decay is a running sum, in which the rounding of out would pile up.
+    ``out`` and ``residual`` are contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators. ``local`` are the
+    states before sub-runs, merged. Without HALVES the buckets go through ``features_q``: they fill the registers.
     """
     NV: tl.constexpr = (V + VB - 1) // VB
-    PIECE: tl.constexpr = FEW if OF_GRADIENT else SB
     H = G * SHARE
     column = tl.program_id(0) % NV * VB
     head = tl.program_id(0) // NV % H
@@ -326,11 +375,8 @@ def readout_kernel(
     v = column + tl.arange(0, VB)
     queries = t + c < end
     sub = start + (t - start) // SUB * SUB
-    slot = (line + sub - start) // SUB * G + group
-    state = before + (run * G + group) * (S * (V + 1))
-    kept = tl.full([], 1.0, tl.float32)
+    slot = ((line + sub - start) // SUB + run - first) * G + group
     if HAS_DECAY:
-        kept = tl.exp(tl.load(boundaries + slot, mask=sub > start, other=0.0)).to(tl.float32)
         q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
 
     numerator = tl.zeros([C, VB], tl.float32)
@@ -342,16 +388,16 @@ def readout_kernel(
         w = load_group(planes, group, 0, L, P, D, DP, N, PRECISION)
         logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
         numerator, denominator = from_state(
-            numerator, denominator, logs, 0, state, local, local_mass, kept, sub > start, features_q, H * FW, queries,
-            v, C, P, N, LIFT, V, S, GB, PIECE, SW, HALVES, OF_GRADIENT, PRECISION,
+            numerator, denominator, logs, 0, local, local_mass, features_q, H * FW, queries, v, C, P, N, LIFT, V, S, GB,
+            SB, SW, HALVES, PRECISION,
         )  # fmt: skip
     else:
         for at in range(0, SW, GB):
             w = load_group(planes, group, at >> P, L, P, D, DP, N, PRECISION)
             logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
             numerator, denominator = from_state(
-                numerator, denominator, logs, at, state, local, local_mass, kept, sub > start, features_q, H * FW,
-                queries, v, C, P, N, LIFT, V, S, GB, PIECE, SW, HALVES, OF_GRADIENT, PRECISION,
+                numerator, denominator, logs, at, local, local_mass, features_q, H * FW, queries, v, C, P, N, LIFT, V,
+                S, GB, SB, SW, HALVES, PRECISION,
             )  # fmt: skip
     if HAS_DECAY:
         since = tl.exp(q_whole + q_part)
@@ -384,14 +430,7 @@ def readout_kernel(
         denominator += tl.sum(score.to(tl.float32), 1)
 
     inverse = reciprocal(denominator)
-    numerator *= inverse[:, None]
-    if OF_GRADIENT:
-        grad_out += whole_rows(batch * ob + head * oh, ALIGNED)
-        do = load_columns(grad_out, ot, t, queries, column, V, C, VB, ALIGNED)
-        tl.store(deltas + (batch * H + head) * T + t + c, tl.sum(numerator * do.to(tl.float32), 1), mask=queries)
-    else:
-        to = out + ((batch * T + t) * H + head) * V
-        mask = queries[:, None] & (v < V)[None, :]
-        tl.store(to + ((c * (H * V).to(tl.int32))[:, None] + v[None, :]), numerator.to(out.dtype.element_ty), mask=mask)
-        if column == 0:
-            tl.store(inverses + (batch * H + head) * T + t + c, inverse, mask=queries)
+    at = ((batch * T + t) * H + head) * V
+    store_out(out, residual, at, H * V, queries, numerator * inverse[:, None], v, C, V, RESIDUAL)
+    if column == 0:
+        tl.store(inverses + (batch * H + head) * T + t + c, inverse, mask=queries)

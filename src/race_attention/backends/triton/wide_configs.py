@@ -18,8 +18,8 @@ class Tiles:
         width: SW, buckets padded with zeros.
         feature_gradients: (C, SP, ...), tokens of a block and buckets that are computed at a time.
         accumulate: (C, SB, VB, ...), with the buckets and the columns of a state's tile.
-        readout, query_sums, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared
-            with. query_sums has all columns in one tile.
+        readout, value_gradient: (C, CK, SB, VB, ...), tokens of a block, of the blocks that it is compared
+            with.
         buckets_gradient: (C, CK, SB, ...). query_gradient, key_gradient: likewise, by halves.
         full_readout, full_query_gradient, full_key_gradient: (C, SB, ...), the first with VB, not causal.
     """
@@ -28,7 +28,6 @@ class Tiles:
     feature_gradients: tuple[int, int, int, int]
     accumulate: tuple[int, int, int, int, int]
     readout: tuple[int, int, int, int, int, int]
-    query_sums: tuple[int, int, int, int, int, int]
     value_gradient: tuple[int, int, int, int, int, int]
     buckets_gradient: tuple[int, int, int, int, int]
     query_gradient: tuple[int, int, int, int, int]
@@ -94,7 +93,6 @@ def tiles_of(shape: plan.Shape) -> Tiles:
             feature_gradients=(32, shape.tile, 4, 1),
             accumulate=(64, 128, narrow, 8, 2),
             readout=(128, 64, 64, narrow, 8, 2),
-            query_sums=pair,
             value_gradient=pair,
             buckets_gradient=(128, 64, 128, 8, 2),
             query_gradient=(128, 32, 32, 8, 2),
@@ -108,7 +106,6 @@ def tiles_of(shape: plan.Shape) -> Tiles:
         feature_gradients=(32, shape.tile, 8, 1),
         accumulate=(64, 128, narrow, 8, 2),
         readout=(128, 64, 128, narrow, 8, 2),
-        query_sums=(64, 32, 128, columns, 8, 1),
         value_gradient=(128, 64, 128, narrow, 8, 2),
         buckets_gradient=(64, 32, 64, 8, 1),
         query_gradient=(64, 32, 32, 8, 1),
@@ -127,7 +124,6 @@ def _float32(shape: plan.Shape, columns: int) -> Tiles:
         feature_gradients=(16, shape.tile, 8, 1),
         accumulate=(16, 64, narrow, 8, 1),
         readout=(32, 32, 64, narrow, 8, 1),
-        query_sums=(16, 16, 64, columns, 8, 1),
         value_gradient=(32, 32, 64, narrow, 8, 1),
         buckets_gradient=(16, 16, 64, 8, 1),
         query_gradient=(16, 16, 32, 8, 1),

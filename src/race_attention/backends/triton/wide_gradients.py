@@ -30,7 +30,7 @@ from .device import (
     store_rows,
     whole_rows,
 )
-from .wide import kernel, load_age, load_ages, load_between, load_columns, place, weights
+from .wide import kernel, load_age, load_ages, load_between, load_columns, load_delta, place, weights
 
 
 @kernel
@@ -66,7 +66,7 @@ def value_gradient_kernel(
     v = column + tl.arange(0, VB)
     keys = t + c < end
     sub_end = start + ((t - start) // SUB + 1) * SUB
-    slot = (line + sub_end - start) // SUB * G + group
+    slot = ((line + sub_end - start) // SUB + run - first) * G + group
     has_local = sub_end < end
     sub_end = tl.minimum(sub_end, end)
     state = after + (run * G + group) * (S * (V + 1))
@@ -142,18 +142,18 @@ def value_gradient_kernel(
 
 @kernel
 def query_buckets_gradient_kernel(
-    phi_k, value, grad_out, out, key_mask, deltas, inverses, ages, boundaries, totals, table, before, local,
+    phi_k, value, grad_out, out, residual, key_mask, deltas, inverses, ages, boundaries, totals, table, before, local,
     local_mass, grad_phi,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
     T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
     SHARE: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
     C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the buckets of a block of queries, [lines, H, SW] (programs: runs * blocks * H * tiles).
 
-    Without decay it leaves ``deltas``, grad_out . out, [B, H, T]; with it they are there, of a finer out.
+    It leaves ``deltas``, grad_out . out, [B, H, T].
     """
     NT: tl.constexpr = SW // SB
     H = G * SHARE
@@ -174,18 +174,15 @@ def query_buckets_gradient_kernel(
     s = tile * SB + tl.arange(0, SB)
     queries = t + c < end
     sub = start + (t - start) // SUB * SUB
-    slot = (line + sub - start) // SUB * G + group
+    slot = ((line + sub - start) // SUB + run - first) * G + group
     state = before + (run * G + group) * (S * (V + 1))
     do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
     query_at = (batch * H + head) * T + t + c
     inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
-    if HAS_DECAY:
-        delta = tl.load(deltas + query_at, mask=queries, other=0.0)
-    else:
-        o = load_columns(out + (batch * T * H + head) * V, H * V, t, queries, 0, V, C, VP, ALIGNED and V % 8 == 0)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        if tile == 0:
-            tl.store(deltas + query_at, delta, mask=queries)
+    at = (batch * T * H + head) * V
+    delta = load_delta(do, out + at, residual + at, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0, RESIDUAL)
+    if tile == 0:
+        tl.store(deltas + query_at, delta, mask=queries)
     kept = tl.full([], 1.0, tl.float32)
     if HAS_DECAY:
         kept = tl.exp(tl.load(boundaries + slot, mask=sub > start, other=0.0)).to(tl.float32)
@@ -225,14 +222,14 @@ def query_buckets_gradient_kernel(
 
 @kernel
 def key_buckets_gradient_kernel(
-    phi_q, value, grad_out, out, key_mask, deltas, inverses, ages, boundaries, totals, table, after, local,
+    phi_q, value, grad_out, out, residual, key_mask, deltas, inverses, ages, boundaries, totals, table, after, local,
     local_mass, grad_phi,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
     T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
     SHARE: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
     C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the buckets of a block of keys, [lines, G, SW] (programs: runs * blocks * G * tiles)."""
     NT: tl.constexpr = SW // SB
@@ -251,7 +248,7 @@ def key_buckets_gradient_kernel(
     s = tile * SB + tl.arange(0, SB)
     keys = t + c < end
     sub_end = start + ((t - start) // SUB + 1) * SUB
-    slot = (line + sub_end - start) // SUB * G + group
+    slot = ((line + sub_end - start) // SUB + run - first) * G + group
     has_local = sub_end < end
     sub_end = tl.minimum(sub_end, end)
     state = after + (run * G + group) * (S * (V + 1))

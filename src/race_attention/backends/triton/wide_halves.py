@@ -29,7 +29,7 @@ from .device import (
     whole_rows,
 )
 from .narrow import hashed, unhashed
-from .wide import kernel, load_age, load_ages, load_between, load_columns, place, weights
+from .wide import kernel, load_age, load_ages, load_between, load_columns, load_delta, place, weights
 from .wide_features import buckets_at, corners_of, half_corners, halves_of, load_group, load_halves, side_logs
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -106,8 +106,8 @@ def store_grad_y(base, stride, here, of_y, C: tl.constexpr, N: tl.constexpr, PRE
 
 @kernel
 def query_gradient_kernel(
-    query, features_k, value, grad_out, out, key_mask, planes, beta, deltas, inverses, ages, boundaries, table,
-    before, local, local_mass, grad_query, grad_y, beta_parts,
+    query, features_k, value, grad_out, out, residual, key_mask, planes, beta, deltas, inverses, ages, boundaries,
+    table, before, local, local_mass, grad_query, grad_y, beta_parts,
     qb: tl.int64, qt: tl.int64, qh: tl.int64,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
@@ -116,12 +116,12 @@ def query_gradient_kernel(
     LIFT: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
     PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr,
     C: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, RESIDUAL: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
     """grad_query of a block of queries, contiguous [B, T, H, D] (programs: runs * blocks * H).
 
-    Without decay it leaves ``deltas``, grad_out . out, [B, H, T]; with it they are there, of a finer out. NEED_PLANES:
-    the gradients of projections too, ``grad_y`` [lines, H, N]. ``beta_parts`` [runs * blocks, H] are of beta.
+    It leaves ``deltas``, grad_out . out, [B, H, T], and with NEED_PLANES the gradients of projections too, ``grad_y``
+    [lines, H, N]. ``beta_parts`` [runs * blocks, H] are of beta.
     """
     H = G * SHARE
     head = tl.program_id(0) % H
@@ -142,19 +142,16 @@ def query_gradient_kernel(
     v = tl.arange(0, VP)
     queries = t + c < end
     sub = start + (t - start) // SUB * SUB
-    slot = (line + sub - start) // SUB * G + group
+    slot = ((line + sub - start) // SUB + run - first) * G + group
     state = before + (run * G + group) * (S * (V + 1))
     local += slot * (S * V)
     local_mass += slot * S
     do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
     query_at = (batch * H + head) * T + t + c
     scale = tl.load(inverses + query_at, mask=queries, other=0.0)
-    if HAS_DECAY:
-        delta = tl.load(deltas + query_at, mask=queries, other=0.0)
-    else:
-        o = load_columns(out + (batch * T * H + head) * V, H * V, t, queries, 0, V, C, VP, ALIGNED and V % 8 == 0)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        tl.store(deltas + query_at, delta, mask=queries)
+    at = (batch * T * H + head) * V
+    delta = load_delta(do, out + at, residual + at, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0, RESIDUAL)
+    tl.store(deltas + query_at, delta, mask=queries)
     inverse = scale
     kept = tl.full([], 1.0, tl.float32)
     if HAS_DECAY:
@@ -235,7 +232,7 @@ def key_gradient_kernel(
     v = tl.arange(0, VP)
     keys = t + c < end
     sub_end = start + ((t - start) // SUB + 1) * SUB
-    slot = (line + sub_end - start) // SUB * G + group
+    slot = ((line + sub_end - start) // SUB + run - first) * G + group
     has_local = sub_end < end
     sub_end = tl.minimum(sub_end, end)
     state = after + (run * G + group) * (S * (V + 1))

@@ -22,7 +22,19 @@ from .wide_configs import Halves, Tiles, group_of, halves_of, planes_of, tiles_o
 SCRATCH_BYTES = 6 << 30
 #: Buckets or columns of the pieces in which a state is multiplied in two parts: their operands take registers.
 FEW = 32
+#: Numbers of a state that one program merges.
+MERGED = 4096
 Between = tuple[Tensor, Tensor]  # value sums [slots, G, S, Dv] and masses [slots, G, S] between sub-runs
+
+
+def has_residual(p: Problem) -> bool:
+    """Whether what rounding takes from out is kept."""
+    return p.inner is not None and p.inner.numel() > 0
+
+
+def residual_of(p: Problem) -> Tensor:
+    """What rounding takes from out, or what is not read."""
+    return p.value if p.inner is None else p.inner
 
 
 class Segments:
@@ -62,7 +74,7 @@ class Segment:
         self.p, self.runs, self.totals, self.first, self.count, self.lines = p, runs, totals, first, count, lines
         self.tiles: Tiles = tiles_of(p.shape)
         self.halves: Halves = halves_of(p.shape, self.tiles.width)
-        self.slots = lines // plan.SUB_RUN + 2
+        self.slots = lines // plan.SUB_RUN + count + 1  # of the states before sub-runs
         self.table = pointer_or(runs.table, p.beta)
         self.mask = pointer_or(p.key_mask, p.beta)
         self._between_keys: Between | None = None
@@ -217,28 +229,26 @@ class Segment:
         return *self.p.mask_strides, self.first, self.lines, *self._lengths, self._blocks(block)
 
     def readout(self, before: Tensor, between: Between, out: Tensor) -> None:
-        """out of the queries from the state before each run, and the inverses of their denominators."""
-        self._readout(self.tiles.readout, before, between, out, None)
+        """out of the queries from the state before each run, its residual, and the inverses of their denominators.
 
-    def query_sums(self, before: Tensor, between: Between, deltas: Tensor) -> None:
-        """grad_out . out of the queries, out not rounded, [B, H, T]."""
-        self._readout(self.tiles.query_sums, before, between, None, deltas)
-
-    def _readout(
-        self, config: tuple[int, ...], before: Tensor, between: Between, out: Tensor | None, deltas: Tensor | None
-    ) -> None:
-        p, columns = self.p, config[3]
-        grad_out = p.value if p.grad_out is None else p.grad_out
-        group = group_of(p.shape, config[2], self.halves.used)
-        features_q = self.phi_k if self.halves.used else self.phi_q  # not read
-        programs = self.count * self._blocks(config[0]) * p.heads * -(-p.shape.value_dim // columns)
+        ``between`` is used up: the state before each run is added to it.
+        """
+        p, config, shape = self.p, self.tiles.readout, self.p.shape
+        t, run, sub, per_row, groups = self._lengths
         start(
-            wide.readout_kernel, (programs,),
-            p.query, features_q, self.phi_k, p.value, self.mask, p.hyperplanes, p.beta, *self.decay, self.table,
-            before, *between, grad_out, pointer_or(out, p.value), p.inverses, pointer_or(deltas, p.beta),
-            *p.query.stride()[:3], *p.value.stride()[:3], *grad_out.stride()[:3], *self._numbers(config[0]),
-            VB=columns, FEW=FEW, GB=group, OF_GRADIENT=deltas is not None, **self._buckets(group),
-            **self._pairs(config),
+            wide.merge_kernel, (self.count * self._blocks(sub) * groups, -(-shape.buckets * shape.value_dim // MERGED)),
+            self.decay[1], self.table, before, *between, self.first, t, run, sub, per_row, groups, self._blocks(sub),
+            V=shape.value_dim, S=shape.buckets, SP=plan.power_of_two(shape.buckets), E=MERGED,
+            PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None, num_warps=4,
+        )  # fmt: skip
+        group, columns = group_of(shape, config[2], self.halves.used), config[3]
+        features_q = self.phi_k if self.halves.used else self.phi_q  # not read
+        start(
+            wide.readout_kernel, (self.count * self._blocks(config[0]) * p.heads * -(-shape.value_dim // columns),),
+            p.query, features_q, self.phi_k, p.value, self.mask, p.hyperplanes, p.beta, self.decay[0], self.table,
+            *between, out, residual_of(p), p.inverses,
+            *p.query.stride()[:3], *p.value.stride()[:3], *self._numbers(config[0]),
+            VB=columns, GB=group, RESIDUAL=has_residual(p), **self._buckets(group), **self._pairs(config),
         )  # fmt: skip
 
     def value_gradient(self, after: Tensor, between: Between, deltas: Tensor, dv: Tensor) -> Tensor:
@@ -257,7 +267,7 @@ class Segment:
         return of_key
 
     def query_buckets_gradient(self, before: Tensor, between: Between, deltas: Tensor) -> Tensor:
-        """The gradient of phi_q, [lines, H, SW]; without decay fills ``deltas`` with grad_out . out, [B, H, T]."""
+        """The gradient of phi_q, [lines, H, SW]; fills ``deltas`` with grad_out . out, [B, H, T]."""
         return self._buckets_gradient(False, before, between, deltas)
 
     def key_buckets_gradient(self, after: Tensor, between: Between, deltas: Tensor) -> Tensor:
@@ -272,10 +282,10 @@ class Segment:
         start(
             wide_gradients.key_buckets_gradient_kernel if of_keys else wide_gradients.query_buckets_gradient_kernel,
             (self.count * self._blocks(config[0]) * heads * (self.tiles.width // config[2]),),
-            self.phi_q if of_keys else self.phi_k, p.value, p.grad_out, p.out, self.mask, deltas, p.inverses,
-            *self.decay, self.totals, self.table, state, *between, grad_phi,
+            self.phi_q if of_keys else self.phi_k, p.value, p.grad_out, p.out, residual_of(p),
+            self.mask, deltas, p.inverses, *self.decay, self.totals, self.table, state, *between, grad_phi,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
-            VP=plan.power_of_two(p.shape.value_dim, 16), FEW=FEW, **self._pairs(config),
+            VP=plan.power_of_two(p.shape.value_dim, 16), FEW=FEW, RESIDUAL=has_residual(p), **self._pairs(config),
         )  # fmt: skip
         return grad_phi
 
@@ -284,17 +294,17 @@ class Segment:
     def query_gradients(
         self, before: Tensor, between: Between, deltas: Tensor, dq: Tensor, parts: tuple[Tensor, Tensor], planes: bool
     ) -> None:
-        """Fills dq and parts of the parameters' gradients; without decay ``deltas`` too, grad_out . out, [B, H, T]."""
+        """Fills dq, parts of the parameters' gradients and ``deltas``, grad_out . out, [B, H, T]."""
         p, config = self.p, self.tiles.query_gradient
         assert p.grad_out is not None
         of_beta, options = self._by_halves(config, p.heads)
         grad_y = self._new_grad_y(p.heads, options["N"]) if planes else dq
         start(
             wide_halves.query_gradient_kernel, (of_beta.numel(),),
-            p.query, self.phi_k, p.value, p.grad_out, p.out, self.mask, p.hyperplanes, p.beta, deltas, p.inverses,
-            *self.decay, self.table, before, *between, dq, grad_y, of_beta,
+            p.query, self.phi_k, p.value, p.grad_out, p.out, residual_of(p), self.mask, p.hyperplanes, p.beta,
+            deltas, p.inverses, *self.decay, self.table, before, *between, dq, grad_y, of_beta,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
-            NEED_PLANES=planes, **options,
+            NEED_PLANES=planes, RESIDUAL=has_residual(p), **options,
         )  # fmt: skip
         self._parameters(p.query, p.share, grad_y, of_beta, parts, planes)
 
