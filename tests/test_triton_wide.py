@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 from race_attention.backends.triton import (
     configs,
     full_wide,
+    launch_full_wide,
+    launch_wide,
     plan,
     wide,
     wide_configs,
@@ -74,7 +76,8 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def tiles_of(shape: plan.Shape) -> wide_configs.Tiles:
         return wide_configs.Tiles(**(vars(small) | {"width": -(-shape.buckets // 128) * 128}))
 
-    monkeypatch.setattr(wide_segments, "tiles_of", tiles_of)
+    for module in (wide_segments, launch_wide, launch_full_wide):
+        monkeypatch.setattr(module, "tiles_of", tiles_of)
     return monkeypatch
 
 
@@ -98,7 +101,7 @@ def test_segments_change_nothing(case: str, short_runs: pytest.MonkeyPatch) -> N
     """Neither how many there are, nor a repeat: equal to the bit."""
     inputs = inputs_of(case, FLOAT32)
     one = evaluate(whole, inputs, backend="triton")
-    short_runs.setattr(wide_segments, "SCRATCH_BYTES", 1)  # a run a segment
+    short_runs.setattr(launch_wide, "SCRATCH_BYTES", 1)  # a run a segment
     several = evaluate(whole, inputs, backend="triton")
     for name, value in one.items():
         assert torch.equal(value, several[name]), name

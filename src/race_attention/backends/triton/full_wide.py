@@ -107,8 +107,9 @@ def query_gradient_kernel(
     v = tl.arange(0, VP)
     queries = t + c < end
     do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
-    at = (batch * T * H + head) * V
-    delta = load_delta(do, out + at, residual + at, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0, RESIDUAL)
+    of_out = (batch * T * H + head) * V
+    delta = load_delta(do, out + of_out, residual + of_out, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0,
+                       RESIDUAL)  # fmt: skip
     query_at = (batch * H + head) * T + t + c
     tl.store(deltas + query_at, delta, mask=queries)
     inverse = tl.load(inverses + query_at, mask=queries, other=0.0)

@@ -13,7 +13,7 @@ from .launch_states import scan
 from .ops import kept_states
 from .start import start
 from .wide_configs import group_of, planes_of, tiles_of
-from .wide_segments import has_residual, planes_of_runs, residual_of
+from .wide_shared import has_residual, planes_of_runs, residual_of
 
 State = tuple[Tensor | None, Tensor | None]
 

@@ -1,6 +1,12 @@
-"""Launching the causal kernels of heads whose buckets fill several tiles."""
+"""Launching the causal kernels of heads whose buckets fill several tiles.
+
+What tokens are compared by and the states between sub-runs lie in scratch memory, of as many runs at a time as
+SCRATCH_BYTES hold. Where that is all of them, the second pass of a call finds there what the first one left.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,9 +15,43 @@ from . import plan
 from .launch import ParameterSums, Problem, at_the_end
 from .launch_states import scan
 from .ops import clear_spare, kept_states
-from .wide_segments import Segments
+from .wide_configs import halves_of, tiles_of
+from .wide_segments import Segment
 
 State = tuple[Tensor | None, Tensor | None]
+#: Scratch memory of a call at most, as far as one run fits.
+SCRATCH_BYTES = 6 << 30
+
+
+class Segments:
+    """The runs of a call, as many at a time as fit; iterate once for each pass.
+
+    Attributes:
+        ranges: (first run, number of runs) of each segment.
+        lines: tokens of the longest.
+    """
+
+    def __init__(self, p: Problem, runs: plan.Runs, totals: Tensor) -> None:
+        self.p, self.runs, self.totals = p, runs, totals
+        item = 2 if p.shape.precision == "bf16" else 4
+        passes = 1 if p.grad_out is None else 2
+        state = 4 * p.shape.state_size * p.groups * passes
+        halves = halves_of(p.shape, tiles_of(p.shape).width)
+        line = (p.heads + p.groups) * halves.stored * item * (1 if halves.used else passes) + state // plan.SUB_RUN
+        tokens = p.batch * p.queries
+        each = runs.count
+        if tokens * line + runs.count * state > SCRATCH_BYTES:
+            each = max(SCRATCH_BYTES // (runs.length * line + state), 1)
+        self.lines = min(tokens, each * runs.length)
+        self.ranges = [(a, min(each, runs.count - a)) for a in range(0, runs.count, max(each, 1))] if tokens else []
+        self._only: Segment | None = None
+
+    def __iter__(self) -> Iterator[Segment]:
+        for first, count in self.ranges:
+            segment = self._only or Segment(self.p, self.runs, self.totals, first, count, self.lines)
+            if len(self.ranges) == 1:
+                self._only = segment
+            yield segment
 
 
 def _runs(p: Problem) -> plan.Runs:

@@ -179,8 +179,9 @@ def query_buckets_gradient_kernel(
     do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
     query_at = (batch * H + head) * T + t + c
     inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
-    at = (batch * T * H + head) * V
-    delta = load_delta(do, out + at, residual + at, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0, RESIDUAL)
+    of_out = (batch * T * H + head) * V
+    delta = load_delta(do, out + of_out, residual + of_out, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0,
+                       RESIDUAL)  # fmt: skip
     if tile == 0:
         tl.store(deltas + query_at, delta, mask=queries)
     kept = tl.full([], 1.0, tl.float32)

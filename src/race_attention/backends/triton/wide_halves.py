@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .device import (
     add_dot,
+    as_given_dot,
     bfloat16_of,
     dot,
     fine_dot,
@@ -149,8 +150,9 @@ def query_gradient_kernel(
     do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
     query_at = (batch * H + head) * T + t + c
     scale = tl.load(inverses + query_at, mask=queries, other=0.0)
-    at = (batch * T * H + head) * V
-    delta = load_delta(do, out + at, residual + at, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0, RESIDUAL)
+    of_out = (batch * T * H + head) * V
+    delta = load_delta(do, out + of_out, residual + of_out, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0,
+                       RESIDUAL)  # fmt: skip
     tl.store(deltas + query_at, delta, mask=queries)
     inverse = scale
     kept = tl.full([], 1.0, tl.float32)
@@ -173,12 +175,11 @@ def query_gradient_kernel(
 
     halves = halves_of(logs, queries, C, L, P, PL, N, HW, LIFT, PRECISION)
     grads = zeros_of(L, C, HW)
-    do = operand(do, PRECISION)
     for u in range(sub, tl.minimum(t + C, end), CK):
         j = u + tl.arange(0, CK)
         inside = keys_inside(key_mask, mt, u, end, CK, HAS_MASK)
         rows = load_columns(value, vt, u, inside, 0, V, CK, VP, ALIGNED)
-        along = dot(do, tl.trans(operand(rows, PRECISION)), PRECISION)
+        along = as_given_dot(do, tl.trans(rows), PRECISION)
         along = (along - delta[:, None]) * inverse[:, None]
         past = (t + c)[:, None] >= j[None, :]
         if HAS_DECAY:
@@ -213,8 +214,7 @@ def key_gradient_kernel(
     """grad_key and grad_value of a block of keys, contiguous (programs: runs * blocks * G).
 
     ``after`` is the gradient of the state after each run, ``local`` what the queries of the later sub-runs add to it.
-    With decay also phi_k . grad phi_k, [lines, G]: the inner product of the values, and of a one, with their
-    gradients. The rest as :func:`query_gradient_kernel`.
+    With decay also phi_k . grad phi_k, [lines, G]. The rest as :func:`query_gradient_kernel`.
     """
     H = G * SHARE
     group = tl.program_id(0) % G
@@ -254,7 +254,7 @@ def key_gradient_kernel(
     rows = load_columns(value, vt, t, inside, 0, V, C, VP, ALIGNED)
     of_logs = tl.zeros([C, 2 * N], tl.float32)
     dv = tl.zeros([C, VP], tl.float32)
-    of_mass = tl.zeros([C], tl.float32)
+    terms = tl.zeros([C], tl.float32)
     for at in tl.range(0, GB, SB, num_stages=1):
         phi = tl.where(inside[:, None], buckets_at(logs, at, 0, C, SB, S, P, N, LIFT, PRECISION), 0.0)
         phi *= left[:, None]
@@ -262,24 +262,21 @@ def key_gradient_kernel(
         grad_sum, grad_mass = load_between(state, local, local_mass, kept, has_local, s, v, S, V)
         d_phi = fine_dot(rows, tl.trans(grad_sum), PRECISION) + grad_mass[None, :]
         choice = tl.trans(corners_of(at, 0, SB, P, N, PRECISION))
-        of_logs = add_sums(of_logs, d_phi * phi, choice, PRECISION)
-        phi = operand(phi, PRECISION)
+        d_phi *= phi
+        of_logs = add_sums(of_logs, d_phi, choice, PRECISION)
+        dv = add_dot(dv, operand(phi, PRECISION), operand(grad_sum, PRECISION), PRECISION)
         if HAS_DECAY:
-            dv += fine_dot(phi, grad_sum, PRECISION)
-            of_mass += tl.sum(phi.to(tl.float32) * grad_mass[None, :], 1)
-        else:
-            dv = add_dot(dv, phi, operand(grad_sum, PRECISION), PRECISION)
+            terms += tl.sum(d_phi, 1)
 
     halves = halves_of(logs, inside, C, L, P, PL, N, HW, LIFT, PRECISION)
     grads = zeros_of(L, C, HW)
-    to_values = operand(rows, PRECISION)
     for n in range(0, (sub_end - t + CK - 1) // CK * SHARE):
         u = t + n // SHARE * CK
         head = group * SHARE + n % SHARE
         i = u + tl.arange(0, CK)
         queries = i < sub_end
-        do = operand(load_columns(grad_out + whole_rows(batch * ob + head * oh, ALIGNED), ot, u, queries, 0,
-                                  V, CK, VP, ALIGNED), PRECISION)  # fmt: skip
+        do = load_columns(grad_out + whole_rows(batch * ob + head * oh, ALIGNED), ot, u, queries, 0,
+                          V, CK, VP, ALIGNED)  # fmt: skip
         query_at = (batch * H + head) * T + i
         delta = tl.load(deltas + query_at, mask=queries, other=0.0)
         inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
@@ -288,19 +285,17 @@ def key_gradient_kernel(
         if HAS_DECAY:
             whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
             weight *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
-        along = (dot(to_values, tl.trans(do), PRECISION) - delta[None, :]) * weight
+        along = (as_given_dot(rows, tl.trans(do), PRECISION) - delta[None, :]) * weight
         of_q = features_q + ((line + u - start) * H + head) * FW
         score, grads = compared(halves, grads, along, of_q, H * FW, queries, C, CK, L, HW, PRECISION)
-        score = operand(score * weight, PRECISION)
-        dv = add_dot(dv, score, do, PRECISION)
+        dv = add_dot(dv, operand(score * weight, PRECISION), operand(do, PRECISION), PRECISION)
         if HAS_DECAY:
-            of_mass -= tl.sum(score.to(tl.float32) * delta[None, :], 1)
+            terms += tl.sum(along * score, 1)
 
     to = grad_value + ((batch * T + t) * G + group) * V
     mask = keys[:, None] & (v < V)[None, :]
     tl.store(to + ((c * (G * V).to(tl.int32))[:, None] + v[None, :]), dv.to(grad_value.dtype.element_ty), mask=mask)
     if HAS_DECAY:
-        terms = tl.sum(dv * rows.to(tl.float32), 1) + of_mass
         tl.store(of_key + (line + t - start + c) * G + group, terms, mask=keys)
     of_logs = add_halves(of_logs, halves, grads, L, P, PL, N, HW, PRECISION)
     program = (tl.program_id(0) // G).to(tl.int64) * G + group

@@ -1,12 +1,7 @@
-"""Segments of a call on wide heads, and the launches of the kernels on one.
-
-Buckets of all tokens and states between sub-runs lie in scratch memory, of as many runs at a time as SCRATCH_BYTES
-hold. Where that is all of them, the second pass of a call finds there what the first one left.
-"""
+"""A segment of a call on wide heads: some runs, their scratch memory, and the launches of the kernels on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -17,54 +12,13 @@ from . import plan, wide, wide_gradients, wide_halves
 from .launch import Problem, pointer_or
 from .start import start
 from .wide_configs import Halves, Tiles, group_of, halves_of, planes_of, tiles_of
+from .wide_shared import has_residual, planes_of_runs, residual_of
 
-#: Scratch memory of a call at most, as far as one run fits.
-SCRATCH_BYTES = 6 << 30
 #: Buckets or columns of the pieces in which a state is multiplied in two parts: their operands take registers.
 FEW = 32
 #: Numbers of a state that one program merges.
 MERGED = 4096
 Between = tuple[Tensor, Tensor]  # value sums [slots, G, S, Dv] and masses [slots, G, S] between sub-runs
-
-
-def has_residual(p: Problem) -> bool:
-    """Whether what rounding takes from out is kept."""
-    return p.inner is not None and p.inner.numel() > 0
-
-
-def residual_of(p: Problem) -> Tensor:
-    """What rounding takes from out, or what is not read."""
-    return p.value if p.inner is None else p.inner
-
-
-class Segments:
-    """The runs of a call, as many at a time as fit; iterate once for each pass.
-
-    Attributes:
-        ranges: (first run, number of runs) of each segment.
-        lines: tokens of the longest.
-    """
-
-    def __init__(self, p: Problem, runs: plan.Runs, totals: Tensor) -> None:
-        self.p, self.runs, self.totals = p, runs, totals
-        item = 2 if p.shape.precision == "bf16" else 4
-        states = 4 * p.shape.state_size * p.groups // plan.SUB_RUN
-        halves = halves_of(p.shape, tiles_of(p.shape).width)
-        line = (p.heads + p.groups) * halves.stored * item + states
-        if p.grad_out is not None:  # by all buckets, their gradients too
-            line += states if halves.used else line
-        tokens, fits = p.batch * p.queries, SCRATCH_BYTES // line
-        each = runs.count if tokens <= fits else max(fits // runs.length, 1)
-        self.lines = tokens if tokens <= fits else each * runs.length
-        self.ranges = [(a, min(each, runs.count - a)) for a in range(0, runs.count, max(each, 1))] if tokens else []
-        self._only: Segment | None = None
-
-    def __iter__(self) -> Iterator[Segment]:
-        for first, count in self.ranges:
-            segment = self._only or Segment(self.p, self.runs, self.totals, first, count, self.lines)
-            if len(self.ranges) == 1:
-                self._only = segment
-            yield segment
 
 
 class Segment:
@@ -351,24 +305,3 @@ class Segment:
             group = group_of(self.p.shape, self.tiles.query_gradient[2], True)
             lengths = self.p.queries, self.runs.length, self.runs.per_row, self.p.groups
             planes_of_runs(self.p, x, share, grad_y, self.table, parts[0], (self.first, *lengths), self.count, group)
-
-
-def planes_of_runs(
-    p: Problem, x: Tensor, share: int, grad_y: Tensor, table: Tensor, parts: Tensor, lengths: tuple[int, ...],
-    runs: int, group: int,
-) -> None:  # fmt: skip
-    """The runs' parts of the hyperplanes' gradient, from that of the projections, [lines, heads, groups of planes].
-
-    Args:
-        lengths: first run, T, RUN, NC, G. group: GB. parts: zeros where this leaves none.
-    """
-    shape, config = p.shape, tiles_of(p.shape).feature_gradients
-    groups = -(-shape.buckets // group)
-    start(
-        wide_halves.planes_kernel, (runs * x.shape[2], groups),
-        x, grad_y, table, parts, *x.stride()[:3], *lengths,
-        SHARE=share, L=shape.tables, P=shape.planes, D=shape.dim, DP=plan.power_of_two(shape.dim, 16),
-        N=grad_y.shape[2] // groups, GROUPS=groups, GB=group, ROWS=shape.rows, SP=shape.tile, NS=shape.tiles,
-        C=config[0], PRECISION=shape.precision, ALIGNED=p.aligned, PACKED=p.bounds is not None,
-        num_warps=config[-2], num_stages=config[-1],
-    )  # fmt: skip
