@@ -90,8 +90,7 @@ def autotune(
     shape = plan.shape_class(dim, value_dim, tables, planes, dtype, precision_of(dtype))
     padded = plan.power_of_two(dim, 16), plan.power_of_two(value_dim, 16)
     names = {
-        kernel: configs.key(kernel, *padded, shape.tile, dtype)
-        for kernel in (configs.KERNELS if shape.narrow else ())
+        kernel: configs.key(kernel, *padded, shape.tile, dtype) for kernel in (configs.KERNELS if shape.narrow else ())
     }
     jobs = [(kernel, name, candidate) for kernel, name in names.items() for candidate in candidates]
     broken = {} if interpreted or not jobs else _compile_ahead(jobs, shape, workers, report)
