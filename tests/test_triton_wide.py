@@ -61,16 +61,17 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
     small = wide_configs.Tiles(
         width=0,
-        feature_gradients=(32, 128, 4, 1),
-        accumulate=(16, 64, 32, 4, 1),
-        readout=(32, 16, 128, 32, 4, 1),
-        value_gradient=(16, 32, 64, 32, 4, 1),
-        buckets_gradient=(32, 16, 64, 4, 1),
-        query_gradient=(16, 32, 32, 4, 1),
-        key_gradient=(32, 16, 64, 4, 1),
-        full_readout=(16, 64, 32, 4, 1),
-        full_query_gradient=(16, 32, 4, 1),
-        full_key_gradient=(32, 64, 4, 1),
+        feature_gradients=(32, 128, 4, 1, 0),
+        accumulate=(16, 64, 32, 4, 1, 0),
+        accumulate_queries=(32, 128, 16, 4, 1, 0),
+        readout=(32, 16, 128, 32, 4, 1, 0),
+        value_gradient=(16, 32, 64, 32, 4, 1, 0),
+        buckets_gradient=(32, 16, 64, 4, 1, 0),
+        query_gradient=(16, 32, 32, 4, 1, 0),
+        key_gradient=(32, 16, 64, 4, 1, 0),
+        full_readout=(16, 64, 32, 4, 1, 0),
+        full_query_gradient=(16, 32, 4, 1, 0),
+        full_key_gradient=(32, 64, 4, 1, 0),
     )
 
     def tiles_of(shape: plan.Shape) -> wide_configs.Tiles:

@@ -12,7 +12,7 @@ from .launch import ParameterSums, Problem, pointer_or
 from .launch_states import scan
 from .ops import kept_states
 from .start import start
-from .wide_configs import group_of, planes_of, tiles_of
+from .wide_configs import compiled, group_of, planes_of, tiles_of
 from .wide_shared import has_residual, planes_of_runs, residual_of
 
 State = tuple[Tensor | None, Tensor | None]
@@ -57,8 +57,7 @@ def _options(p: Problem, config: tuple[int, ...], group: int) -> dict[str, Any]:
         "S": p.shape.buckets,
         "ALIGNED": p.aligned,
         "PACKED": p.bounds is not None,
-        "num_warps": config[-2],
-        "num_stages": config[-1],
+        **compiled(config),
     }
 
 
@@ -67,7 +66,8 @@ def _accumulate(
 ) -> None:
     """The state that the keys of each run leave, or the gradient of the state that its queries do."""
     tiles = tiles_of(p.shape)
-    block, buckets, columns = tiles.accumulate[:3]
+    config = tiles.accumulate if of_keys else tiles.accumulate_queries
+    block, buckets, columns = config[:3]
     nothing = p.beta
     if runs.count * p.groups:
         start(
@@ -79,7 +79,7 @@ def _accumulate(
             0, 0, x.shape[1], runs.length, plan.SUB_RUN, runs.per_row, p.groups,
             SHARE=1 if of_keys else p.share, VB=columns, SB=buckets, C=block, MIRRORED=not of_keys, CAUSAL=False,
             HAS_MASK=of_keys and p.key_mask is not None, HAS_DECAY=False, SW=tiles.width,
-            PL=0, HW=0, FW=0, HALVES=False, **_options(p, tiles.accumulate, buckets),
+            PL=0, HW=0, FW=0, HALVES=False, **_options(p, config, buckets),
         )  # fmt: skip
 
 

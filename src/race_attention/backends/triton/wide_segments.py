@@ -11,7 +11,7 @@ from torch import Tensor
 from . import plan, wide, wide_gradients, wide_halves
 from .launch import Problem, pointer_or
 from .start import start
-from .wide_configs import Halves, Tiles, group_of, halves_of, planes_of, tiles_of
+from .wide_configs import Halves, Tiles, compiled, group_of, halves_of, planes_of, tiles_of
 from .wide_shared import has_residual, planes_of_runs, residual_of
 
 #: Buckets or columns of the pieces in which a state is multiplied in two parts: their operands take registers.
@@ -42,8 +42,7 @@ class Segment:
         return {
             "ALIGNED": p.aligned,
             "PACKED": p.bounds is not None,
-            "num_warps": config[-2],
-            "num_stages": config[-1],
+            **compiled(config),
         }
 
     @property
@@ -153,14 +152,14 @@ class Segment:
     def _accumulate(
         self, x: Tensor, rows: Tensor, features: Tensor, states: Tensor, deltas: Tensor | None, dtype: torch.dtype
     ) -> Between:
-        p, config = self.p, self.tiles.accumulate
+        p, mirrored = self.p, deltas is not None
+        config = self.tiles.accumulate_queries if mirrored else self.tiles.accumulate
         block, buckets, columns = config[:3]
         between = (
             p.new(self.slots, p.groups, p.shape.buckets, p.shape.value_dim, dtype=dtype),
             p.new(self.slots, p.groups, p.shape.buckets),
         )
         programs = self.count * p.groups * (self.tiles.width // buckets) * -(-p.shape.value_dim // columns)
-        mirrored = deltas is not None
         start(
             wide.accumulate_kernel, (programs,),
             x, rows, self.mask, p.hyperplanes, p.beta, pointer_or(deltas, p.beta), pointer_or(p.inverses, p.beta),

@@ -7,7 +7,7 @@ from torch import Tensor
 from . import plan, wide_halves
 from .launch import Problem
 from .start import start
-from .wide_configs import tiles_of
+from .wide_configs import compiled, tiles_of
 
 
 def has_residual(p: Problem) -> bool:
@@ -37,5 +37,5 @@ def planes_of_runs(
         SHARE=share, L=shape.tables, P=shape.planes, D=shape.dim, DP=plan.power_of_two(shape.dim, 16),
         N=grad_y.shape[2] // groups, GROUPS=groups, GB=group, ROWS=shape.rows, SP=shape.tile, NS=shape.tiles,
         C=config[0], PRECISION=shape.precision, ALIGNED=p.aligned, PACKED=p.bounds is not None,
-        num_warps=config[-2], num_stages=config[-1],
+        **compiled(config),
     )  # fmt: skip
