@@ -110,6 +110,7 @@ def backward(
         if segment.halves.used:
             of_key = segment.key_gradients(after, between, deltas, dk, dv, key_parts, sums.need_planes)
         else:
+            segment.between_keys(parts)  # the keys' buckets
             of_key = segment.value_gradient(after, between, deltas, dv)
             grad_phi = segment.key_buckets_gradient(after, between, deltas)
             segment.feature_gradients(True, grad_phi, dk, key_parts, sums.need_planes)
