@@ -223,16 +223,12 @@ class Causal : public Base<T> {
     take_queries(b, run_begin, g, rows, nullptr);
     this->score(b.count, rows);
     this->denominators(state.w, states, rows, b.count);
-    combine_both<T, Set<T>, Add<T>>(
-        {{room.out, room.size.value},
-         {room.pq, C, 1, state.w, room.size.ld, states},
-         {room.scores, C, 1, v.p, v.ld, b.count},
-         Terms::kUpToRow},
-        b.count, {{state.w, room.size.ld, state.second, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, Terms::kAll},
-        p.states,
-        room.size.value, &room.ahead);
+    const bool stored = this->emit_both(
+        a.out, row.q0, b, room.size.value, room.out, {room.pq, C, 1, state.w, room.size.ld, states},
+        {room.scores, C, 1, v.p, v.ld, b.count}, Terms::kUpToRow, room.inverse,
+        {{state.w, room.size.ld, state.second, b.over}, {room.pk, 1, C, v.p, v.ld, b.count}, {}, Terms::kAll});
     this->add_masses(state.w, state.second, room.pk, b.count, nullptr, b.over);
-    this->store(a.out, row.q0, b, g, a.value_dim, room.size.value, room.inverse);
+    if (!stored) this->store(a.out, row.q0, b, g, a.value_dim, room.size.value, room.inverse);
   }
 
   void forward_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Tile<T>& v) {
@@ -241,9 +237,8 @@ class Causal : public Base<T> {
     take_queries(b, run_begin, h, rows, nullptr);
     this->score(b.count, rows);
     this->denominators(w, states, rows, b.count);
-    set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, states},
-                   {room.scores, C, 1, v.p, v.ld, b.count}, Terms::kUpToRow, &room.ahead);
-    this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
+    this->emit_product(a.out, row.q0, b, h, a.value_dim, room.size.value, {room.pq, C, 1, w, room.size.ld, states},
+                       {room.scores, C, 1, v.p, v.ld, b.count}, Terms::kUpToRow, room.inverse);
   }
 
   // The state before the run, for reading.
@@ -365,6 +360,7 @@ class Causal : public Base<T> {
     const Tile<T> x = take_keys_again(b, run_begin, n, rows);
     const Tile<T> v = this->load_values(b, rows);
     const bool single = p.heads_a_group == 1;
+    bool stored = false;
     // dv is gathered in `grad`: `out` is needed for dk before all heads are done.
     if (!single) set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
     dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
@@ -377,11 +373,11 @@ class Causal : public Base<T> {
       if (!single) add_product<T>(room.grad, Vp, b.count, Vp, {room.scores, 1, C, room.scaled, Vp, b.count});
       add_product<T>(room.dphi, C, p.states, rows, {room.pq, 1, C, room.across, C, b.count});
       if (single)
-        value_gradients(b, state_wanted);
+        stored = value_gradients(b, state_wanted);
       else if (state_wanted)
         this->add_to_state(room.adjoint->w, room.adjoint->second, room.pq, room.scaled, Vp, b.count, room.den_adjoint, T(1));
     }
-    if (a.dv.data)
+    if (a.dv.data && !stored)
       store_tile<T>(p, a.dv, row.batch, row.k0 + b.begin, g, b.count, a.value_dim, room.grad, Vp, nullptr);
     if (!a.dk.data && !this->wants_hash() && !a.dlog_decay) return;
     this->hash_gradients(room.pk, room.key_slopes, x, a.dk, row.k0, b, g, rows);
@@ -413,21 +409,20 @@ class Causal : public Base<T> {
       for (i64 j = 0; j < C; ++j) room.across[i * C + j] = j < count ? room.other[j * C + i] : T(0);
   }
 
-  // dv and the state's adjoint together, where a key head has one query head.
-  void value_gradients(const Block<T>& b, bool state_wanted) {
+  // dv and the state's adjoint together, where a key head has one query head. Whether dv is where it belongs.
+  bool value_gradients(const Block<T>& b, bool state_wanted) {
     const Running<T>& n = *room.adjoint;
     const i64 ld = room.size.ld, Vp = room.size.value;
-    if (!state_wanted)
-      return set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, n.w, ld, p.states},
-                            {room.scores, 1, C, room.scaled, Vp, b.count}, Terms::kFromRow, &room.ahead);
-    combine_both<T, Set<T>, Add<T>>(
-        {{room.grad, Vp},
-         {room.pk, C, 1, n.w, ld, p.states},
-         {room.scores, 1, C, room.scaled, Vp, b.count},
-         Terms::kFromRow},
-        b.count, {{n.w, ld, n.second, T(1)}, {room.pq, 1, C, room.scaled, Vp, b.count}, {}, Terms::kAll},
-        p.states, Vp, &room.ahead);
+    const Pair<T> behind{room.pk, C, 1, n.w, ld, p.states}, inside{room.scores, 1, C, room.scaled, Vp, b.count};
+    if (!state_wanted) {
+      set_product<T>(room.grad, Vp, b.count, Vp, behind, inside, Terms::kFromRow, &room.ahead);
+      return false;
+    }
+    const bool stored = this->emit_both(
+        a.dv, row.k0, b, Vp, room.grad, behind, inside, Terms::kFromRow, nullptr,
+        {{n.w, ld, n.second, T(1)}, {room.pq, 1, C, room.scaled, Vp, b.count}, {}, Terms::kAll});
     this->add_masses(n.w, n.second, room.pq, b.count, room.den_adjoint, T(1));
+    return stored;
   }
 
   // dL/dlog_decay of a run's first token is (adjoint before it) . (state before it); from there on it changes by

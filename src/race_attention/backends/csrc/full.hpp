@@ -165,9 +165,8 @@ class Full : public Base<T> {
     const T* w = room.state->w;
     take_queries(b, h, rows, nullptr);
     this->denominators(w, p.states, rows, 0);
-    set_product<T>(room.out, room.size.value, b.count, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states}, {},
-                   Terms::kAll, &room.ahead);
-    this->store(a.out, row.q0, b, h, a.value_dim, room.size.value, room.inverse);
+    this->emit_product(a.out, row.q0, b, h, a.value_dim, room.size.value, {room.pq, C, 1, w, room.size.ld, p.states}, {},
+                       Terms::kAll, room.inverse);
   }
 
   void backward_query(i64 begin, i64 end, i64 slot) {
@@ -223,8 +222,7 @@ class Full : public Base<T> {
     blocks(begin, end, [&](const Block<T>& b, i64 rows) {
       const Tile<T> x = take_keys(b, rows, &room.slopes);
       if (a.dv.data) {
-        set_product<T>(room.out, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states}, {}, Terms::kAll, &room.ahead);
-        this->store(a.dv, row.k0, b, g, a.value_dim, Vp);
+        this->emit_product(a.dv, row.k0, b, g, a.value_dim, Vp, {room.pk, C, 1, w, ld, p.states});
       }
       if (!a.dk.data && !this->wants_hash()) return;
       const Tile<T> v = this->load_values(b, rows);

@@ -206,17 +206,49 @@ class Base {
     const char* to = static_cast<const char*>(x.data) + (row.batch * x.b + (first + t) * x.t + h * x.h) * bytes;
     room.ahead.near.add(to, x.t * bytes, min_of(C, length - t), size * bytes);
   }
-  // Asks for tokens [begin, end) of `x` of every head of this work, in the order in which they lie in memory: read
-  // head by head, each read would open another page, and the processor could not guess the next.
+  // Asks for tokens [begin, end) of `x` of every head of this work, from a few places at a time, at each in the order in
+  // which they lie in memory: read head by head, each read would open another page, and the processor could not guess
+  // the next.
+  static constexpr i64 kPlaces = 4;
   void ask_far(const Tokens& x, i64 first, i64 begin, i64 end, i64 heads_each, i64 size) {
     if (x.d != 1 || x.h != size) return;
     const i64 bytes = a.store == kBFloat16 ? 2 : static_cast<i64>(sizeof(T));
     const char* to = static_cast<const char*>(x.data) +
                      (row.batch * x.b + (first + begin) * x.t + work.g * heads_each * x.h) * bytes;
-    room.ahead.far.add(to, x.t * bytes, end - begin, work.heads * heads_each * size * bytes);
+    const i64 part = (end - begin + kPlaces - 1) / kPlaces;
+    for (i64 t = begin; t < end; t += part, to += part * x.t * bytes)
+      room.ahead.far.add(to, x.t * bytes, min_of(part, end - t), work.heads * heads_each * size * bytes);
   }
   void store(const Tokens& to, i64 first, const Block<T>& b, i64 h, i64 size, i64 ld, const T* factor = nullptr) {
     store_tile<T>(p, to, row.batch, first + b.begin, h, b.count, size, room.out, ld, factor);
+  }
+
+  // Sums of products, times `factor`, to the tokens of a block: from the registers, where that is possible.
+  void emit_product(const Tokens& to, i64 first, const Block<T>& b, i64 h, i64 size, i64 ld, const Pair<T>& x,
+                    const Pair<T>& y = {}, Terms terms = Terms::kAll, const T* factor = nullptr) {
+#if RACE_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+      if (emits(p, to, size))
+        return combine<T, Emit>({emit(p, to, row.batch, first + b.begin, h, factor), x, y, terms}, b.count, ld, &room.ahead);
+#endif
+    set_product<T>(room.out, ld, b.count, ld, x, y, terms, &room.ahead);
+    store(to, first, b, h, size, ld, factor);
+  }
+  // The same together with a sum into a state, in turns: what both read is read once from further away. False where rows
+  // cannot go straight from the registers: then they are in `out`.
+  bool emit_both(const Tokens& to, i64 first, const Block<T>& b, i64 ld, T* out, const Pair<T>& x, const Pair<T>& y,
+                 Terms terms, const T* factor, const Combine<T, Add<T>>& also) {
+#if RACE_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+      if (emits(p, to, a.value_dim)) {
+        combine_both<T, Emit, Add<T>>({emit(p, to, row.batch, first + b.begin, g, factor), x, y, terms}, b.count, also,
+                                      p.states, ld, &room.ahead);
+        return true;
+      }
+#endif
+    (void)to, (void)first, (void)factor;
+    combine_both<T, Set<T>, Add<T>>({{out, ld}, x, y, terms}, b.count, also, p.states, ld, &room.ahead);
+    return false;
   }
 
   // state += buckets^T rows: values here, masses `weight` (1 where null) besides.
@@ -316,9 +348,7 @@ class Base {
                       const Block<T>& b, i64 h, i64 rows) {
     hash_backward<T>(f, rows, phi, room.dphi, slopes, room.dy, room.dbeta, room.total);
     if (to.data) {
-      set_product<T>(room.out, room.size.dim, b.count, room.size.dim,
-                     {room.dy, C, 1, f.w, room.size.dim, p.projections}, {}, Terms::kAll, &room.ahead);
-      store(to, first, b, h, a.dim, room.size.dim);
+      emit_product(to, first, b, h, a.dim, room.size.dim, {room.dy, C, 1, f.w, room.size.dim, p.projections});
     }
     if (a.dplanes)
       add_product<T>(room.dw, room.size.dim, p.projections, room.size.dim, {room.dy, 1, C, x.p, x.ld, b.count});

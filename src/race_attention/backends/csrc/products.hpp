@@ -7,8 +7,11 @@ namespace race {
 namespace RACE_NAMESPACE {
 namespace {
 
-// Lines of memory to be asked for while products run. A processor keeps some twenty reads under way; asked for all at
+// Lines of memory to be asked for while products run. A core keeps some sixteen reads under way; asked for all at
 // once, the rows of a block (400 lines) would be waited for instead of fetched behind the arithmetic.
+//
+// Places take turns every few lines: the processor's own prefetcher sees a page being read and runs ahead of it into the
+// second cache, with queues of its own, for as long as the turn is elsewhere. One page after the other it has no time to.
 class Lines {
  public:
   RACE_INLINE void clear() { count_ = at_ = 0; }
@@ -17,26 +20,35 @@ class Lines {
   }
   RACE_INLINE i64 lines() const {
     i64 total = 0;
-    for (int i = at_; i < count_; ++i) total += rows_[i].left * rows_[i].lines;
+    for (int i = 0; i < count_; ++i) total += rows_[i].left * rows_[i].lines;
     return total;
   }
   template <int Nearness>  // 3: into every cache; 2: into the second
-  RACE_INLINE void ask(int lines) {
-    while (lines > 0 && at_ < count_) {
+  RACE_INLINE void ask(i64 lines) {
+    while (lines > 0 && count_ > 0) {
+      if (at_ >= count_) at_ = 0;
       Rows& r = rows_[at_];
       const char* p = r.row + r.line * 64;
-      const i64 n = min_of(lines, r.lines - r.line);
+      const i64 n = min_of(min_of(lines, kTurn), r.lines - r.line);
       for (i64 i = 0; i < n; ++i, p += 64) __builtin_prefetch(p, 0, Nearness);
-      lines -= static_cast<int>(n);
-      if ((r.line += n) < r.lines) continue;
-      r.line = 0;
-      r.row += r.stride;
-      if (--r.left == 0) ++at_;
+      lines -= n;
+      r.line += n;
+      if (r.line == r.lines) {
+        r.line = 0;
+        r.row += r.stride;
+        if (--r.left == 0) {
+          for (int k = at_; k + 1 < count_; ++k) rows_[k] = rows_[k + 1];
+          --count_;
+          continue;
+        }
+      }
+      ++at_;
     }
   }
 
  private:
   static constexpr int kMost = 16;
+  static constexpr i64 kTurn = 4;
   struct Rows {
     const char* row;
     i64 stride, left, lines, line;
@@ -49,14 +61,16 @@ class Ahead {
  public:
   Lines near, far;  // the next block of this head; the next chunk of every head at hand, token by token
 
-  RACE_INLINE void ask(int lines) {
-    near.ask<3>(lines);
-    asked_ += lines;
-    credit_ += lines * rate_;
-    far.ask<2>(static_cast<int>(credit_ >> 8));
+  // After `steps` of a product: a processor has room for some sixteen lines under way, and what is asked for beyond
+  // them stops it. So a few lines are asked for after each tile.
+  __attribute__((noinline)) void ask(i64 steps) {
+    near.ask<3>(steps / 2);
+    asked_ += steps;
+    credit_ += steps * rate_;
+    far.ask<2>(credit_ >> 8);
     credit_ &= 255;
   }
-  // A new chunk: the lines put into `far` between these two are spread over as many calls as the last chunk made.
+  // A new chunk: the lines put into `far` between these two are spread over as many steps as the last chunk made.
   void start() {
     far.clear();
   }
@@ -67,7 +81,7 @@ class Ahead {
 
  private:
   static constexpr i64 kFastest = 8 << 8;
-  i64 rate_ = 0, asked_ = 0, credit_ = 0;  // lines of `far` a line of `near`, times 256
+  i64 rate_ = 0, asked_ = 0, credit_ = 0;  // lines of `far` a step, times 256
 };
 
 // out[a * ldo + b] = sum over d of left[a][d] * right[b][d]: rows against rows, lanes along d. W sums are taken at a
@@ -108,7 +122,7 @@ RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const T* 
       V<T> result = sums<T>(acc);
       for (int i = 0; i < A && a0 + i < na; ++i)
         for (int j = 0; j < B; ++j) out[(a0 + i) * ldo + b0 + j] = result[i * B + j];
-      if (ahead) ahead->ask(6);
+      if (ahead) ahead->ask(d / W<T>);
     }
 }
 
@@ -151,6 +165,31 @@ struct Set {
       for (int j = 0; j < N; ++j) store<T>(out + (i + m) * ld + column + j * W<T>, acc[m][j]);
   }
 };
+// Rows times their factors, past the caches from the registers: where a vector fills a line. Spread over the products
+// like the reads, and no pass over a buffer of sums.
+#if RACE_BYTES == 64
+struct Emit {
+  char* out;  // row 0
+  i64 stride, bytes;  // between rows; of a number: 4, or 2 for bfloat16
+  const float* factor;  // null: 1
+  template <int M, int N>
+  RACE_INLINE void operator()(i64 i, i64 column, V<float> (&acc)[M][N]) const {
+    char* row = out + i * stride + column * bytes;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m, row += stride) {
+      if (factor)
+#pragma GCC unroll 16
+        for (int j = 0; j < N; ++j) acc[m][j] *= factor[i + m];
+      if (bytes == 2) {
+        if constexpr (N == 2) stream(row, side_by_side(narrow(acc[m][0]), narrow(acc[m][1])));
+        continue;
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) stream(row + j * 64, acc[m][j]);
+    }
+  }
+};
+#endif
 template <class T>
 struct Add {  // out = factor * (out + sum), and `second` likewise where not null
   T* out;
@@ -181,31 +220,34 @@ struct Combine {
   Terms terms;  // of b, which row i takes: its tile takes what any of its rows does
 
   template <int M, int N>
-  RACE_INLINE void tile(i64 i, i64 column) const {
+  RACE_INLINE void tile(i64 i, i64 column, Ahead* ahead) const {
     V<T> acc[M][N] = {};
     take<T, M, N>(acc, a, i, column, a.k);
+    i64 steps = a.k;
     if (b.k) {
       const i64 end = terms == Terms::kUpToRow ? min_of(b.k, i + M) : b.k;
       const i64 begin = terms == Terms::kFromRow ? i : 0;
       const Pair<T> some{b.x + begin * b.xk, b.xk, b.xi, b.rows + begin * b.ld, b.ld, end - begin};
       take<T, M, N>(acc, some, i, column, some.k);
+      steps += some.k;
     }
     into(i, column, acc);
+    if (ahead) ahead->ask(steps);
   }
   template <int N>
-  RACE_INLINE void panel(i64 m, i64 column) const {
+  RACE_INLINE void panel(i64 m, i64 column, Ahead* ahead) const {
     constexpr int M = RACE_BYTES == 64 ? 8 : 4;
     i64 i = 0;
-    for (; i + M <= m; i += M) tile<M, N>(i, column);
+    for (; i + M <= m; i += M) tile<M, N>(i, column, ahead);
     if (M == 8 && i + 4 <= m) {
-      tile<4, N>(i, column);
+      tile<4, N>(i, column, ahead);
       i += 4;
     }
     if (i + 2 <= m) {
-      tile<2, N>(i, column);
+      tile<2, N>(i, column, ahead);
       i += 2;
     }
-    if (i < m) tile<1, N>(i, column);
+    if (i < m) tile<1, N>(i, column, ahead);
   }
 };
 
@@ -214,11 +256,9 @@ template <class T, class Into>
 __attribute__((noinline)) void combine(const Combine<T, Into>& c, i64 m, i64 columns, Ahead* ahead) {
   const Combine<T, Into> copy = c;
   i64 column = 0;
-  for (; column + 2 * W<T> <= columns; column += 2 * W<T>) {
-    copy.template panel<2>(m, column);
-    if (ahead) ahead->ask(12);
-  }
-  if (column < columns) copy.template panel<1>(m, column);
+  for (; column + 2 * W<T> <= columns; column += 2 * W<T>)
+    copy.template panel<2>(m, column, ahead);
+  if (column < columns) copy.template panel<1>(m, column, ahead);
 }
 // Two of them in turns, panel by panel: rows that both read are read once from further away.
 template <class T, class Into, class Also>
@@ -228,14 +268,12 @@ __attribute__((noinline)) void combine_both(const Combine<T, Into>& c, i64 m, co
   const Combine<T, Also> two = d;
   i64 column = 0;
   for (; column + 2 * W<T> <= columns; column += 2 * W<T>) {
-    one.template panel<2>(m, column);
-    if (ahead) ahead->ask(12);
-    two.template panel<2>(n, column);
-    if (ahead) ahead->ask(12);
+    one.template panel<2>(m, column, ahead);
+    two.template panel<2>(n, column, ahead);
   }
   if (column < columns) {
-    one.template panel<1>(m, column);
-    two.template panel<1>(n, column);
+    one.template panel<1>(m, column, ahead);
+    two.template panel<1>(n, column, ahead);
   }
 }
 

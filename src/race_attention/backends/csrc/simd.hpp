@@ -78,6 +78,31 @@ RACE_INLINE i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
 RACE_INLINE i64 max_of(i64 a, i64 b) { return a > b ? a : b; }
 RACE_INLINE i64 round_up(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
 
+// ---- bfloat16 ---------------------------------------------------------------------------------------
+
+// To bfloat16: to nearest, ties to even; NaN stays NaN.
+typedef std::uint16_t Half __attribute__((vector_size(RACE_BYTES / 2)));
+RACE_INLINE Half narrow(V<float> x) {
+  typedef std::uint32_t Bits __attribute__((vector_size(RACE_BYTES)));
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits kept = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+  return __builtin_convertvector(kept, Half);
+}
+// Two of them side by side, without a way through memory that the next load would wait for.
+RACE_INLINE V<float> side_by_side(Half x, Half y) {
+#if RACE_BYTES == 64 && defined(__AVX512F__)
+  return (V<float>)_mm512_inserti64x4(_mm512_zextsi256_si512((__m256i)x), (__m256i)y, 1);
+#elif RACE_BYTES == 32 && defined(__AVX2__)
+  return (V<float>)_mm256_set_m128i((__m128i)y, (__m128i)x);
+#else
+  const Half both[2] = {x, y};
+  V<float> z;
+  __builtin_memcpy(&z, both, sizeof z);
+  return z;
+#endif
+}
+
 // ---- sums across lanes --------------------------------------------------------------------------------
 
 template <int... Is>

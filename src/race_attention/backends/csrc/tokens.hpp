@@ -17,29 +17,6 @@ RACE_INLINE float widen(std::uint16_t x) {
   __builtin_memcpy(&y, &bits, 4);
   return y;
 }
-// To bfloat16: to nearest, ties to even; NaN stays NaN.
-typedef std::uint16_t Half __attribute__((vector_size(RACE_BYTES / 2)));
-RACE_INLINE Half narrow(V<float> x) {
-  typedef std::uint32_t Bits __attribute__((vector_size(RACE_BYTES)));
-  const Bits bits = (Bits)x;
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits kept = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
-  return __builtin_convertvector(kept, Half);
-}
-// Two of them side by side, without a way through memory that the next load would wait for.
-RACE_INLINE V<float> side_by_side(Half x, Half y) {
-#if RACE_BYTES == 64 && defined(__AVX512F__)
-  return (V<float>)_mm512_inserti64x4(_mm512_zextsi256_si512((__m256i)x), (__m256i)y, 1);
-#elif RACE_BYTES == 32 && defined(__AVX2__)
-  return (V<float>)_mm256_set_m128i((__m128i)y, (__m128i)x);
-#else
-  const Half both[2] = {x, y};
-  V<float> z;
-  __builtin_memcpy(&z, both, sizeof z);
-  return z;
-#endif
-}
-
 template <class T>
 RACE_INLINE void read(T* __restrict out, const T* __restrict in, i64 n, i64 stride) {
   if (stride == 1)
@@ -127,6 +104,18 @@ RACE_INLINE bool streams(const Problem& p, const Tokens& x, i64 size, i64 bytes)
   const i64 ends = reinterpret_cast<i64>(x.data) | (x.b * bytes) | (x.t * bytes) | (x.h * bytes) | (size * bytes);
   return p.large && x.d == 1 && ends % RACE_BYTES == 0;
 }
+
+#if RACE_BYTES == 64
+// Where rows may go straight from the registers to tokens t .. of head h.
+RACE_INLINE bool emits(const Problem& p, const Tokens& x, i64 size) {
+  const bool half = p.a->store == kBFloat16;
+  return x.data && streams(p, x, size, half ? 2 : 4) && size % (half ? 2 * W<float> : W<float>) == 0;
+}
+RACE_INLINE Emit emit(const Problem& p, const Tokens& x, i64 b, i64 t, i64 h, const float* factor) {
+  const i64 bytes = p.a->store == kBFloat16 ? 2 : 4;
+  return {static_cast<char*>(x.data) + (b * x.b + t * x.t + h * x.h) * bytes, x.t * bytes, bytes, factor};
+}
+#endif
 
 // Rows of `tile`, each multiplied by its factor, to tokens t .. t + n - 1.
 template <class T>
