@@ -58,6 +58,7 @@ class Call {
     p.buckets = i64(1) << a.planes;
     p.states = a.tables * p.buckets;
     p.projections = a.tables * a.planes;
+    p.bfloat16 = isa_narrows();
     cut_rows();
     p.rows = rows.data();
     state_size = p.states * (a.value_dim + 1);

@@ -48,6 +48,14 @@ bool isa_runs(int isa) {
   return false;
 }
 
+bool isa_narrows() {
+#ifdef RACE_X86
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
+
 const Kernels& isa_kernels(int isa) {
 #ifdef RACE_X86
   if (isa == kAvx2) return avx2::kernels;

@@ -10,6 +10,7 @@ namespace race {
 
 int isa_count();
 bool isa_runs(int isa);
+bool isa_narrows();  // whether the processor has an instruction from float32 to bfloat16; after isa_runs
 const Kernels& isa_kernels(int isa);
 
 }  // namespace race

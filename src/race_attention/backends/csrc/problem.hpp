@@ -87,6 +87,7 @@ struct Problem {
   i64 lanes;                  // key heads that one thread passes over together, at most
   i64 large;                  // whether results are too large for the caches
   i64 threads;
+  i64 bfloat16;               // whether the processor narrows to bfloat16 by itself
   void* relay;                // in a relay, what its threads share: see relay.hpp
   const void* packed_planes;  // [G][L * P][padded D]
   void* inverse;              // [B * Tq * H][3]: 1 / denominator, its adjoint, lift; from queries to keys

@@ -14,6 +14,7 @@ namespace {
 // second cache, with queues of its own, for as long as the turn is elsewhere. One page after the other it has no time to.
 class Lines {
  public:
+  RACE_INLINE bool any() const { return count_ > 0; }
   RACE_INLINE void clear() { count_ = at_ = 0; }
   RACE_INLINE void add(const char* row, i64 stride, i64 rows, i64 bytes) {
     if (count_ < kMost && rows > 0) rows_[count_++] = {row, stride, rows, (bytes + 63) / 64, 0};
@@ -63,12 +64,9 @@ class Ahead {
 
   // After `steps` of a product: a processor has room for some sixteen lines under way, and what is asked for beyond
   // them stops it. So a few lines are asked for after each tile.
-  __attribute__((noinline)) void ask(i64 steps) {
-    near.ask<3>(steps / 2);
+  RACE_INLINE void ask(i64 steps) {
     asked_ += steps;
-    credit_ += steps * rate_;
-    far.ask<2>(credit_ >> 8);
-    credit_ &= 255;
+    if (near.any() || far.any()) ask_some(steps);
   }
   // A new chunk: the lines put into `far` between these two are spread over as many steps as the last chunk made.
   void start() {
@@ -80,6 +78,12 @@ class Ahead {
   }
 
  private:
+  __attribute__((noinline)) void ask_some(i64 steps) {
+    near.ask<3>(steps / 2);
+    credit_ += steps * rate_;
+    far.ask<2>(credit_ >> 8);
+    credit_ &= 255;
+  }
   static constexpr i64 kFastest = 8 << 8;
   i64 rate_ = 0, asked_ = 0, credit_ = 0;  // lines of `far` a step, times 256
 };
@@ -172,6 +176,7 @@ struct Emit {
   char* out;  // row 0
   i64 stride, bytes;  // between rows; of a number: 4, or 2 for bfloat16
   const float* factor;  // null: 1
+  bool native;          // see narrow_pair
   template <int M, int N>
   RACE_INLINE void operator()(i64 i, i64 column, V<float> (&acc)[M][N]) const {
     char* row = out + i * stride + column * bytes;
@@ -181,7 +186,7 @@ struct Emit {
 #pragma GCC unroll 16
         for (int j = 0; j < N; ++j) acc[m][j] *= factor[i + m];
       if (bytes == 2) {
-        if constexpr (N == 2) stream(row, side_by_side(narrow(acc[m][0]), narrow(acc[m][1])));
+        if constexpr (N == 2) stream(row, narrow_pair(acc[m][0], acc[m][1], native));
         continue;
       }
 #pragma GCC unroll 16

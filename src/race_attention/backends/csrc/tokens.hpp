@@ -26,10 +26,14 @@ RACE_INLINE void read(T* __restrict out, const T* __restrict in, i64 n, i64 stri
 }
 template <class T>
 RACE_INLINE void read(T* __restrict out, const std::uint16_t* __restrict in, i64 n, i64 stride) {
-  if (stride == 1)
-    for (i64 i = 0; i < n; ++i) out[i] = widen(in[i]);
-  else
-    for (i64 i = 0; i < n; ++i) out[i] = widen(in[i * stride]);
+  i64 i = 0;
+  if constexpr (sizeof(T) == 4)
+    for (; stride == 1 && i + 2 * W<T> <= n; i += 2 * W<T>) {
+      const V<T> x = widen_row(in + i), y = widen_row(in + i + W<T>);
+      store<T>(out + i, x);
+      store<T>(out + i + W<T>, y);
+    }
+  for (; i < n; ++i) out[i] = widen(in[i * stride]);
 }
 template <class T>
 RACE_INLINE void write(T* __restrict out, const T* __restrict in, i64 n, i64 stride, T factor) {
@@ -40,12 +44,13 @@ RACE_INLINE void write(T* __restrict out, const T* __restrict in, i64 n, i64 str
 }
 // A row to bfloat16; it may be read up to a multiple of W. Copies of a length that only the call knows are slow: whole
 // vectors go straight to where they belong.
-RACE_INLINE void write_half(char* to, const float* row, i64 size, i64 stride, float factor, bool past_caches) {
+RACE_INLINE void write_half(char* to, const float* row, i64 size, i64 stride, float factor, bool past_caches,
+                            bool native) {
   constexpr i64 w = W<float>;
   i64 d = 0;
   if (past_caches) {  // `size` is a multiple of two vectors
     for (; d < size; d += 2 * w)
-      stream(to + d * 2, side_by_side(narrow(load(row + d) * factor), narrow(load(row + d + w) * factor)));
+      stream(to + d * 2, narrow_pair(load(row + d) * factor, load(row + d + w) * factor, native));
     return;
   }
   for (; d < size; d += w) {
@@ -59,7 +64,7 @@ RACE_INLINE void write_half(char* to, const float* row, i64 size, i64 stride, fl
       }
   }
 }
-RACE_INLINE void write_half(char*, const double*, i64, i64, double, bool) {}  // no bfloat16 has float64 arithmetic
+RACE_INLINE void write_half(char*, const double*, i64, i64, double, bool, bool) {}  // no bfloat16 has float64 arithmetic
 
 // A block of rows of tokens in the arithmetic's dtype.
 template <class T>
@@ -113,7 +118,7 @@ RACE_INLINE bool emits(const Problem& p, const Tokens& x, i64 size) {
 }
 RACE_INLINE Emit emit(const Problem& p, const Tokens& x, i64 b, i64 t, i64 h, const float* factor) {
   const i64 bytes = p.a->store == kBFloat16 ? 2 : 4;
-  return {static_cast<char*>(x.data) + (b * x.b + t * x.t + h * x.h) * bytes, x.t * bytes, bytes, factor};
+  return {static_cast<char*>(x.data) + (b * x.b + t * x.t + h * x.h) * bytes, x.t * bytes, bytes, factor, p.bfloat16 != 0};
 }
 #endif
 
@@ -129,7 +134,7 @@ __attribute__((noinline)) void store_tile(const Problem& p, const Tokens& x, i64
     const T* row = tile + i * ld;
     char* to = static_cast<char*>(x.data) + (b * x.b + (t + i) * x.t + h * x.h) * bytes;
     if (half) {
-      write_half(to, row, size, x.d, f, past_caches);
+      write_half(to, row, size, x.d, f, past_caches, p.bfloat16);
     } else if (past_caches) {
       for (i64 d = 0; d < size; d += W<T>) stream(to + d * bytes, (V<float>)(load(row + d) * f));
     } else {
@@ -171,13 +176,13 @@ __attribute__((noinline)) void hash(const Hash<T>& f, Tile<T> x, i64 rows, const
         V<T> sign = tanh_and_slope<T>(load(y + at), &slope);
         V<T> z = (T(2) * f.beta) * sign;
         V<T> e = exp_negative(select<T>(z < T(0), z, -z));
-        V<T> r = T(1) / (e + T(1));
+        V<T> r = reciprocal(e + T(1));
         V<T> near = (1 - floor) * r + floor / 2, far = (1 - floor) * (e * r) + floor / 2;
         V<T> up = select<T>(z < T(0), far, near), down = select<T>(z < T(0), near, far);
         if (slopes) {
           V<T> dz = (1 - floor) * e * (r * r);
-          store<T>(slopes->inverse_up + at, T(1) / up);
-          store<T>(slopes->inverse_down + at, T(1) / down);
+          store<T>(slopes->inverse_up + at, reciprocal(up));
+          store<T>(slopes->inverse_down + at, reciprocal(down));
           store<T>(slopes->to_projection + at, dz * (T(2) * f.beta) * slope);
           store<T>(slopes->to_beta + at, dz * (T(2) * sign));
         }
