@@ -63,7 +63,7 @@ class Ahead {
   Lines near, far;  // the next block of this head; the next chunk of every head at hand, token by token
 
   // After `steps` of a product: a processor has room for some sixteen lines under way, and what is asked for beyond
-  // them stops it. So a few lines are asked for after each tile.
+  // them stops it. So a few lines are asked for after each large tile.
   RACE_INLINE void ask(i64 steps) {
     asked_ += steps;
     if (near.any() || far.any()) ask_some(steps);
@@ -225,7 +225,7 @@ struct Combine {
   Terms terms;  // of b, which row i takes: its tile takes what any of its rows does
 
   template <int M, int N>
-  RACE_INLINE void tile(i64 i, i64 column, Ahead* ahead) const {
+  RACE_INLINE i64 tile(i64 i, i64 column) const {  // the steps it took
     V<T> acc[M][N] = {};
     take<T, M, N>(acc, a, i, column, a.k);
     i64 steps = a.k;
@@ -237,22 +237,29 @@ struct Combine {
       steps += some.k;
     }
     into(i, column, acc);
-    if (ahead) ahead->ask(steps);
+    return steps;
   }
   template <int N>
   RACE_INLINE void panel(i64 m, i64 column, Ahead* ahead) const {
     constexpr int M = RACE_BYTES == 64 ? 8 : 4;
-    i64 i = 0;
-    for (; i + M <= m; i += M) tile<M, N>(i, column, ahead);
+    i64 i = 0, steps = 0;
+    for (; i + M <= m; i += M) {
+      steps += tile<M, N>(i, column);
+      if (M == 8 && ahead) {  // smaller tiles are too short for it
+        ahead->ask(steps);
+        steps = 0;
+      }
+    }
     if (M == 8 && i + 4 <= m) {
-      tile<4, N>(i, column, ahead);
+      steps += tile<4, N>(i, column);
       i += 4;
     }
     if (i + 2 <= m) {
-      tile<2, N>(i, column, ahead);
+      steps += tile<2, N>(i, column);
       i += 2;
     }
-    if (i < m) tile<1, N>(i, column, ahead);
+    if (i < m) steps += tile<1, N>(i, column);
+    if (steps && ahead) ahead->ask(steps);
   }
 };
 

@@ -27,13 +27,16 @@ RACE_INLINE void read(T* __restrict out, const T* __restrict in, i64 n, i64 stri
 template <class T>
 RACE_INLINE void read(T* __restrict out, const std::uint16_t* __restrict in, i64 n, i64 stride) {
   i64 i = 0;
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(T) == 4 && RACE_BYTES > 16)
     for (; stride == 1 && i + 2 * W<T> <= n; i += 2 * W<T>) {
       const V<T> x = widen_row(in + i), y = widen_row(in + i + W<T>);
       store<T>(out + i, x);
       store<T>(out + i + W<T>, y);
     }
-  for (; i < n; ++i) out[i] = widen(in[i * stride]);
+  if (stride == 1)
+    for (; i < n; ++i) out[i] = widen(in[i]);
+  else
+    for (; i < n; ++i) out[i] = widen(in[i * stride]);
 }
 template <class T>
 RACE_INLINE void write(T* __restrict out, const T* __restrict in, i64 n, i64 stride, T factor) {
