@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import cpu_memory
 from experiments.report import commit
 from race_attention import race_attention, sample_hyperplanes
 from race_attention._version import __version__
@@ -36,6 +37,7 @@ HEADS, DIM = 4, 128
 CONFIGURATIONS = ((2, 2), (3, 3), (4, 4))  # (P, L)
 LENGTHS = [2**n for n in range(7, 23)]
 PASSES = ("forward", "forward+backward")
+MEMORY = "peak memory of forward+backward"
 
 
 def measure(call: Callable[[], Any], seconds: float = 1.5, least: int = 5, most: int = 200) -> dict[str, float]:
@@ -146,65 +148,76 @@ def timed(
 # ---- what is measured ---------------------------------------------------------------------------------------------
 
 
-def table(tokens: int, rate: float, seconds: float, peers: bool, wanted: str) -> list[dict[str, Any]]:
-    """Every implementation at one length, forward and forward + backward; rows whose description matches."""
-    rows: list[dict[str, Any]] = []
+def said(row: dict[str, Any]) -> str:
+    """What `--rows` is matched against, as in "cpu float32 causal forward" or "65536 forward+backward"."""
+    words = [row.get("tokens"), row.get("name"), row.get("dtype")]
+    if "causal" in row:
+        words.append("causal" if row["causal"] else "full")
+    return " ".join(str(word) for word in [*words, row["pass"]] if word is not None)
 
-    def add(name: str, attention: Callable[..., Tensor], dtype: torch.dtype, backward: bool, **more: Any) -> None:
-        said = f"{name} {str(dtype)[6:]} {'causal' if more['causal'] else 'full'} {PASSES[backward]}"
-        if not re.search(wanted, said):
-            return
+
+def table(tokens: int, rate: float, seconds: float, peers: bool, wanted: str) -> Iterator[dict[str, Any]]:
+    """Every implementation at one length, forward and forward + backward; rows whose description matches."""
+    for row, attention in implementations(peers):
+        if not re.search(wanted, said(row)):
+            continue
+        backward, dtype = row["pass"] == PASSES[True], getattr(torch, row["dtype"])
         times = timed(attention, tokens, HEADS, dtype, backward, seconds)
         least = floor(tokens, HEADS, dtype, backward, rate)
-        row = {"name": name, "dtype": str(dtype)[6:], "pass": PASSES[backward], "causal": more.pop("causal")}
-        row |= {"P": more.get("planes"), "L": more.get("tables"), "times the floor": times["median"] / least}
-        rows.append({**row, **in_ms(times), "floor ms": least * 1e3})
-        print("  ".join(f"{key}={x:.4g}" if isinstance(x, float) else f"{key}={x}" for key, x in rows[-1].items()))
+        row |= {"times the floor": times["median"] / least, **in_ms(times), "floor ms": least * 1e3}
+        yield row
+    for planes, tables in CONFIGURATIONS:
+        for dtype in ("float32", "bfloat16"):
+            row = {"name": "cpu", "dtype": dtype, "pass": MEMORY, "causal": True, "P": planes, "L": tables}
+            if re.search(wanted, said(row)):
+                yield row | cpu_memory.measured_apart(planes, tables, tokens, dtype)
 
+
+def implementations(peers: bool) -> Iterator[tuple[dict[str, Any], Callable[..., Tensor]]]:
+    """The rows of the table, yet without times, and what is to be timed."""
     for backward in (False, True):
-        for dtype in (torch.float32, torch.bfloat16):
+        kinds = [("cpu", dtype, True) for dtype in ("float32", "bfloat16")] + [("cpu", "float32", False)]
+        kinds += [("reference", "float32", True)] if peers else []
+        for name, dtype, causal in kinds:
             for planes, tables in CONFIGURATIONS:
-                more = {"planes": planes, "tables": tables}
-                add("cpu", race("cpu", planes, tables, HEADS, True), dtype, backward, causal=True, **more)
-        for planes, tables in CONFIGURATIONS:
-            more = {"planes": planes, "tables": tables}
-            add("cpu", race("cpu", planes, tables, HEADS, False), torch.float32, backward, causal=False, **more)
-            if peers:
-                slow = race("reference", planes, tables, HEADS, True)
-                add("reference", slow, torch.float32, backward, causal=True, **more)
+                row = {"name": name, "dtype": dtype, "pass": PASSES[backward], "causal": causal}
+                yield row | {"P": planes, "L": tables}, race(name, planes, tables, HEADS, causal)
         if peers:
-            add("linear attention (torch)", linear_attention, torch.float32, backward, causal=True)
-    return rows
+            row = {"name": "linear attention (torch)", "dtype": "float32", "pass": PASSES[backward], "causal": True}
+            yield row, linear_attention
 
 
-def crossover(seconds: float) -> Iterator[dict[str, Any]]:
+def crossover(seconds: float, wanted: str) -> Iterator[dict[str, Any]]:
     """Against torch's exact attention, where a short sequence is the other's ground."""
     for tokens in (64, 128, 256, 512, 1024, 2048):
         for backward in (False, True):
+            row: dict[str, Any] = {"tokens": tokens, "pass": PASSES[backward]}
+            if not re.search(wanted, said(row)):
+                continue
             exact = timed(softmax_attention, tokens, HEADS, torch.float32, backward, seconds)
             ours = {
                 f"({p},{n})": timed(race("cpu", p, n, HEADS, True), tokens, HEADS, torch.float32, backward, seconds)
                 for p, n in CONFIGURATIONS
             }
-            row = {"tokens": tokens, "pass": PASSES[backward], "softmax ms": exact["median"] * 1e3}
+            row["softmax ms"] = exact["median"] * 1e3
             row |= {f"{name} ms": times["median"] * 1e3 for name, times in ours.items()}
             row |= {f"{name} times faster": exact["median"] / times["median"] for name, times in ours.items()}
-            print({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()})
             yield row
 
 
-def lengths(longest: int, rate: float, seconds: float) -> Iterator[dict[str, Any]]:
+def lengths(longest: int, rate: float, seconds: float, wanted: str) -> Iterator[dict[str, Any]]:
     """Time against length, bfloat16, one head, so that the longest fits in 16 GB."""
     for tokens in (n for n in LENGTHS if n <= longest):
         for backward in (False, True):
             row: dict[str, Any] = {"tokens": tokens, "pass": PASSES[backward]}
+            if not re.search(wanted, said(row)):
+                continue
             row["floor ms"] = floor(tokens, 1, torch.bfloat16, backward, rate) * 1e3
             for planes, tables in CONFIGURATIONS:
                 attention = race("cpu", planes, tables, 1, True)
                 times = timed(attention, tokens, 1, torch.bfloat16, backward, seconds)
                 row[f"({planes},{tables}) ms"] = times["median"] * 1e3
                 row[f"({planes},{tables}) ns a token"] = times["median"] / tokens * 1e9
-            print({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()})
             yield row
 
 
@@ -250,7 +263,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="at least, for each figure")
     parser.add_argument("--only", nargs="*", choices=("table", "crossover", "lengths"), default=None)
-    parser.add_argument("--rows", default="", help="only rows of the table that match: 'cpu float32 causal forward$'")
+    parser.add_argument("--rows", default="", help="only rows that match: 'cpu float32 causal forward$', '^65536 '")
     parser.add_argument("--without-peers", action="store_true", help="leaves the slow ones out of the table")
     parser.add_argument("--into", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path, default=None, help="only draws a result file of lengths")
@@ -267,11 +280,11 @@ def main() -> None:
         ),
         "crossover": (
             "CPU, against torch's scaled_dot_product_attention (causal, float32)",
-            lambda _: crossover(min(options.seconds, 0.3)),
+            lambda _: crossover(min(options.seconds, 0.3), options.rows),
         ),
         "lengths": (
             "CPU, time against length (causal, bfloat16, one head)",
-            lambda rate: lengths(options.longest, rate, min(options.seconds, 0.5)),
+            lambda rate: lengths(options.longest, rate, min(options.seconds, 0.5), options.rows),
         ),
     }
     for name in options.only or parts:
@@ -284,6 +297,7 @@ def main() -> None:
         if options.rows and path.exists():
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         for row in run(about["copy GB/s"] * 1e9):  # written as it grows; a row takes the place of its like
+            print({name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in row.items()}, flush=True)
             row["commit"] = about["commit"]
             rows = [*(other for other in rows if not _same(row, other)), row]
             result = {"title": title, "context": about, "rows": rows}

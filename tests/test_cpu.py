@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -285,6 +286,34 @@ def test_heads_passed_over_together(name, dtype, threads):
         together = evaluate(whole, inputs, backend="cpu")
         for key in alone:
             assert torch.equal(alone[key], together[key]), (count, key)
+
+
+@pytest.mark.parametrize("name", ["plain", "full"])
+def test_gradients_that_nobody_wants_are_not_written(name, threads):
+    """Results leave the kernels in several ways: each must see that there is no place for one."""
+    threads(2)
+    inputs = large_inputs(name, torch.float32)
+    tokens = [inputs[key] for key in ("query", "key", "value")]
+    out = race_attention(**inputs, backend="cpu")
+    weight = torch.randn_like(out)
+    wanted = torch.autograd.grad(out, tokens, weight)
+    for place, x in enumerate(tokens):
+        rest = {key: y.detach() if y is not x and isinstance(y, torch.Tensor) else y for key, y in inputs.items()}
+        (alone,) = torch.autograd.grad(race_attention(**rest, backend="cpu"), x, weight)
+        assert torch.equal(alone, wanted[place]), place
+
+
+def test_other_threads_run_meanwhile():
+    """The interpreter's lock is not held: the main thread goes on while another is in the library."""
+    x = torch.randn(1, 1, 1, 64).expand(1, 2**20, 1, 64)
+    planes = torch.randn(1, 4, 4, 64)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        call = pool.submit(lambda: race_attention(x, x, x[..., :1], planes, 1.0, causal=True, backend="cpu"))
+        turns = 0
+        while not call.done():
+            time.sleep(0.002)
+            turns += 1
+    assert turns > 10
 
 
 def test_calls_from_several_threads(threads):
