@@ -23,8 +23,10 @@ def peak() -> int:
 
 def beyond_inputs(planes: int, tables: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> dict[str, float]:
     """The peak over a causal forward and backward, in bytes and as a multiple of output and gradients."""
-    q, k, v = (torch.randn(1, tokens, heads, dim).to(dtype).requires_grad_() for _ in range(3))
-    grad = torch.randn(1, tokens, heads, dim).to(dtype)
+    # Drawn in their own dtype: a copy in another would count as a peak of before.
+    q, k, v, grad = (torch.randn(1, tokens, heads, dim, dtype=dtype) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_()
     hyperplanes = sample_hyperplanes(heads, tables, planes, dim)
     before = peak()
     out = race_attention(q, k, v, hyperplanes, 1.0, scale=dim**-0.5, causal=True, backend="cpu")
