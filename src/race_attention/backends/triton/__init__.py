@@ -86,14 +86,16 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def describe() -> dict[str, str]:
-    """Versions of the compilers, and on Hopper whether kernels use warp-group matrix instructions."""
+    """Versions of the compilers, how kernels are started, and on Hopper whether they use warp-group instructions."""
     if not INSTALLED:
         return {}
     import triton
 
-    from . import start
+    from . import batch, start
 
     facts = {"triton": str(triton.__version__), "ptxas": start.ptxas_version() or "not found"}
+    one_call = batch.library() is not None
+    facts["kernels of a pass"] = "started by one call" if one_call else "one by one: the library for it was not built"
     if torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9:
         facts["warp-group matrix instructions"] = "on" if start.warp_groups() else "off: needs ptxas 12.9 or newer"
     return facts
