@@ -122,21 +122,22 @@ def test_gradients_of_some_inputs_and_of_the_state() -> None:
         assert all(torch.equal(x, y) for x, y in zip(found, results[0], strict=True))
 
 
-def test_memory_for_descriptors_is_allocated_with_the_scratch_memory() -> None:
+def test_memory_for_descriptors_is_allocated_with_the_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     from race_attention.backends.triton.recording import Recorder
     from race_attention.backends.triton.replay import Replay
 
+    monkeypatch.setattr(replay.batch, "driver", lambda: None)  # launches stay apart
     x = torch.zeros(4)
     recorder = Recorder([x], 1 << 20)
     with recorder:
         scratch, memory, out = torch.empty(3), torch.empty(1024, dtype=torch.uint8), torch.empty(4)
         compiled = SimpleNamespace(metadata=SimpleNamespace(global_scratch_size=512))
         recorder.launched(None, (2,), (x, scratch, out), {}, (compiled, ()), memory)
-    replay = Replay(recorder, 1, [recorder.place(out)], None)
-    (step,) = replay.steps
+    found = Replay(recorder, 1, [recorder.place(out)], None)
+    (step,) = found.steps
     assert step.memory is not None
     assert step.memory.buffer == step.tensors[1][1].buffer == 1
     assert {step.memory.offset, step.tensors[1][1].offset} == {0, 512}
-    assert replay.allocations[0][0] == (512 + 1024,)
+    assert found.allocations[0][0] == (512 + 1024,)
