@@ -67,7 +67,7 @@ def context() -> dict[str, Any]:
         linear = None
     return {
         "gpu": torch.cuda.get_device_properties(0).name,
-        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

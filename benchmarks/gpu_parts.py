@@ -133,7 +133,7 @@ def lengths(heads: int, longest: int, exact_longest: int, report: Report) -> Non
 def _length(report: Report, what: dict[str, Any], exact: bool) -> None:
     tokens, heads, how = what["tokens"], what["heads"], (what["causal"], what["backward"])
     # A layout is written down by its second call, what its backward pass reads by its third.
-    repeats, warm = (31, 6) if tokens * heads < MILLION else (3, 2)
+    repeats, warm = (31, 6) if tokens * heads < MILLION else (5, 6) if tokens * heads < 1 << 24 else (3, 2)
     for planes, tables in CONFIGURATIONS:
         make = partial(Race, planes, tables, tokens, *how, heads=heads)
         row(report, "lengths", make, repeats, warm, P=planes, L=tables, **what)
