@@ -135,7 +135,7 @@ def value_gradient_kernel(
     if HAS_DECAY:
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
         value += whole_rows(batch * vb + group * vh, ALIGNED)
-        rows = load_columns(value, vt, t, inside, column, V, C, VB, ALIGNED)
+        rows = operand(load_columns(value, vt, t, inside, column, V, C, VB, ALIGNED), PRECISION)
         terms = tl.sum(dv * rows.to(tl.float32), 1) + tl.where(column == 0, of_mass, 0.0)
         tl.store(of_key + (column // VB * lines + line + t - start + c) * G + group, terms, mask=keys)
 
@@ -176,7 +176,7 @@ def query_buckets_gradient_kernel(
     sub = start + (t - start) // SUB * SUB
     slot = ((line + sub - start) // SUB + run - first) * G + group
     state = before + (run * G + group) * (S * (V + 1))
-    do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
+    do = operand(load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED), PRECISION)
     query_at = (batch * H + head) * T + t + c
     inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
     of_out = (batch * T * H + head) * V
@@ -190,7 +190,7 @@ def query_buckets_gradient_kernel(
         q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
     d_phi = tl.zeros([C, SB], tl.float32)
     for at in tl.range(0, VP, FEW, num_stages=1):
-        some = load_columns(grad_out, ot, t, queries, at, V, C, FEW, ALIGNED)
+        some = operand(load_columns(grad_out, ot, t, queries, at, V, C, FEW, ALIGNED), PRECISION)
         value_sum, mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, sub > start,
                                        s, at + tl.arange(0, FEW), S, V)  # fmt: skip
         d_phi += fine_dot(some, tl.trans(value_sum), PRECISION)
@@ -199,7 +199,6 @@ def query_buckets_gradient_kernel(
         d_phi *= (tl.exp(q_whole + q_part) * inverse)[:, None]
     else:
         d_phi *= inverse[:, None]
-    do = operand(do, PRECISION)
     for u in range(sub, tl.minimum(t + C, end), CK):
         j = u + tl.arange(0, CK)
         inside = keys_inside(key_mask, mt, u, end, CK, HAS_MASK)
@@ -262,7 +261,7 @@ def key_buckets_gradient_kernel(
         end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
     d_phi = tl.zeros([C, SB], tl.float32)
     for at in tl.range(0, VP, FEW, num_stages=1):
-        some = load_columns(value, vt, t, inside, at, V, C, FEW, ALIGNED)
+        some = operand(load_columns(value, vt, t, inside, at, V, C, FEW, ALIGNED), PRECISION)
         grad_sum, grad_mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, has_local,
                                            s, at + tl.arange(0, FEW), S, V)  # fmt: skip
         d_phi += fine_dot(some, tl.trans(grad_sum), PRECISION)

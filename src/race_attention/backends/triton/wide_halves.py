@@ -9,6 +9,9 @@ and kappa_ij = sum over tables of lower_ij upper_ij, each an inner product of th
 a query gets sum_j (c_ij upper_ij) lower(k_j), and the upper half, and a key, likewise. What lies before the sub-run,
 or for a key after it, comes by all buckets from a state. Either is summed up into gradients of the logarithms of the
 sides of planes, [C, 2N], and no gradient of a bucket is stored. Tensors are those of wide.py.
+
+Values and grad_out are rounded to the products' dtype wherever they appear, in delta too, as the forward pass rounds
+values: what one query's c_ij sum up to by their weights is zero only then, and float16 gradients were off by 2e-2.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import triton.language as tl
 
 from .device import (
     add_dot,
-    as_given_dot,
     bfloat16_of,
     dot,
     fine_dot,
@@ -147,7 +149,7 @@ def query_gradient_kernel(
     state = before + (run * G + group) * (S * (V + 1))
     local += slot * (S * V)
     local_mass += slot * S
-    do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
+    do = operand(load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED), PRECISION)
     query_at = (batch * H + head) * T + t + c
     scale = tl.load(inverses + query_at, mask=queries, other=0.0)
     of_out = (batch * T * H + head) * V
@@ -178,8 +180,8 @@ def query_gradient_kernel(
     for u in range(sub, tl.minimum(t + C, end), CK):
         j = u + tl.arange(0, CK)
         inside = keys_inside(key_mask, mt, u, end, CK, HAS_MASK)
-        rows = load_columns(value, vt, u, inside, 0, V, CK, VP, ALIGNED)
-        along = as_given_dot(do, tl.trans(rows), PRECISION)
+        rows = operand(load_columns(value, vt, u, inside, 0, V, CK, VP, ALIGNED), PRECISION)
+        along = dot(do, tl.trans(rows), PRECISION)
         along = (along - delta[:, None]) * inverse[:, None]
         past = (t + c)[:, None] >= j[None, :]
         if HAS_DECAY:
@@ -251,7 +253,7 @@ def key_gradient_kernel(
     w = load_group(planes, group, 0, L, P, D, DP, N, PRECISION)
     y = hashed(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), w, C, N, PRECISION)
     logs = side_logs(y, b, C, N, PRECISION)
-    rows = load_columns(value, vt, t, inside, 0, V, C, VP, ALIGNED)
+    rows = operand(load_columns(value, vt, t, inside, 0, V, C, VP, ALIGNED), PRECISION)
     of_logs = tl.zeros([C, 2 * N], tl.float32)
     dv = tl.zeros([C, VP], tl.float32)
     terms = tl.zeros([C], tl.float32)
@@ -275,8 +277,8 @@ def key_gradient_kernel(
         head = group * SHARE + n % SHARE
         i = u + tl.arange(0, CK)
         queries = i < sub_end
-        do = load_columns(grad_out + whole_rows(batch * ob + head * oh, ALIGNED), ot, u, queries, 0,
-                          V, CK, VP, ALIGNED)  # fmt: skip
+        do = operand(load_columns(grad_out + whole_rows(batch * ob + head * oh, ALIGNED), ot, u, queries, 0,
+                                  V, CK, VP, ALIGNED), PRECISION)  # fmt: skip
         query_at = (batch * H + head) * T + i
         delta = tl.load(deltas + query_at, mask=queries, other=0.0)
         inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
@@ -285,10 +287,10 @@ def key_gradient_kernel(
         if HAS_DECAY:
             whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
             weight *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
-        along = (as_given_dot(rows, tl.trans(do), PRECISION) - delta[None, :]) * weight
+        along = (dot(rows, tl.trans(do), PRECISION) - delta[None, :]) * weight
         of_q = features_q + ((line + u - start) * H + head) * FW
         score, grads = compared(halves, grads, along, of_q, H * FW, queries, C, CK, L, HW, PRECISION)
-        dv = add_dot(dv, operand(score * weight, PRECISION), operand(do, PRECISION), PRECISION)
+        dv = add_dot(dv, operand(score * weight, PRECISION), do, PRECISION)
         if HAS_DECAY:
             terms += tl.sum(along * score, 1)
 
