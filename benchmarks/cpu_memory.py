@@ -18,7 +18,7 @@ from race_attention import race_attention, sample_hyperplanes
 
 
 def peak() -> int:
-    """Bytes, of this process so far. (getrusage would count what its parent had before, too.)"""
+    """Bytes, of this process alone: getrusage would count what its parent had before."""
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found.group(1)) * 1024
