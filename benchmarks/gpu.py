@@ -182,6 +182,8 @@ def main() -> None:
             parser.error("--merge needs --output")
         merge(given.merge, given.output)
         return
+    if not torch.cuda.is_available():
+        parser.exit(2, f"error: torch {torch.__version__} sees no GPU here; --plot and --merge need none\n")
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     output = given.output or RESULTS / f"gpu-{name}-{today}.json"
