@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import FLOOR, corner_signs, load_planes
+from .launch import on
 from .plan import power_of_two
 from .start import start
 
@@ -186,14 +187,15 @@ def _launch(
     padded = power_of_two(value_dim, 16)
     tile = min(TILE, power_of_two(tables << planes, 16))
     width = min(padded, (HELD if new is state else HELD_SHARED) // tile)
-    start(
-        decode_kernel, (batch * groups, 1 if new is state else padded // width),
-        query, key, value, hyperplanes.contiguous(), beta.contiguous(), beta if log_decay is None else log_decay,
-        *state, *new, out, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        *((0, 0) if log_decay is None else log_decay.stride()), groups,
-        SHARE=heads // groups, L=tables, P=planes, D=dim, V=value_dim, DP=power_of_two(dim, 16), VP=padded,
-        VT=width, N=power_of_two(max(1, min(tables, tile >> planes)) * planes, 16), SP=tile,
-        NS=-(-(tables << planes) // tile), HAS_DECAY=log_decay is not None,
-        ONCE=heads == groups and (new is not state or width == padded), num_warps=8 if new is state else 4,
-    )  # fmt: skip
+    with on(query.device):
+        start(
+            decode_kernel, (batch * groups, 1 if new is state else padded // width),
+            query, key, value, hyperplanes.contiguous(), beta.contiguous(), beta if log_decay is None else log_decay,
+            *state, *new, out, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+            *((0, 0) if log_decay is None else log_decay.stride()), groups,
+            SHARE=heads // groups, L=tables, P=planes, D=dim, V=value_dim, DP=power_of_two(dim, 16), VP=padded,
+            VT=width, N=power_of_two(max(1, min(tables, tile >> planes)) * planes, 16), SP=tile,
+            NS=-(-(tables << planes) // tile), HAS_DECAY=log_decay is not None,
+            ONCE=heads == groups and (new is not state or width == padded), num_warps=8 if new is state else 4,
+        )  # fmt: skip
     return out

@@ -42,10 +42,8 @@ def _kernel(
     mass: Tensor, value_sum: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from .decode import decode
-    from .launch import on
 
-    with on(query.device):
-        return decode(query, key, value, hyperplanes, beta, log_decay, mass, value_sum)
+    return decode(query, key, value, hyperplanes, beta, log_decay, mass, value_sum)
 
 
 @torch.library.register_fake("race_attention::triton_decode", lib=_library)
