@@ -27,6 +27,8 @@ TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")  # the slowest first
 #: Calls of a case. The first two run the host code; the fifth is forward and backward a recording's replay.
 REPEATS = {"memcheck": 5}
 DTYPES = ("bfloat16", "float16", "float32")
+#: Cases that take minutes under racecheck: a process a dtype, before all else.
+SLOW = ("causal-wide-256", "causal-wide-options", "causal-wide")
 _HEAD: dict[str, Any] = {"dim": 32, "heads": 2, "scale": 0.2}
 _GROUPED: dict[str, Any] = {**_HEAD, "heads": 4, "kv_heads": 2}
 #: Options of testing.make_inputs; ``planes_learn`` False leaves the hyperplanes out of the gradients.
@@ -94,32 +96,35 @@ def run_decode(dtype: torch.dtype) -> None:
     torch.cuda.synchronize()
 
 
-def here(name: str, repeats: int) -> None:
-    """Runs one case in this process and prints the kernels that it started."""
+def here(name: str, dtypes: tuple[str, ...], repeats: int) -> None:
+    """Runs one case in this process and prints the kernels that it started, and which took rows by descriptors."""
     from race_attention.backends.triton import start
 
     seen: set[str] = set()
     begin = start._start
 
     def noted(key: Any, kernel: Any, *rest: Any) -> None:
-        seen.add(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
+        described = " by descriptors" if rest[-1].get("DESCRIBED") else ""
+        seen.add(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}{described}")
         begin(key, kernel, *rest)
 
     start._start = noted
-    for dtype in DTYPES:
+    for dtype in dtypes:
         if name == "decode":
             run_decode(getattr(torch, dtype))
         else:
             run_case(name, getattr(torch, dtype), repeats)
-    print("kernels:", *sorted(seen))
+    print("kernels:", ", ".join(sorted(seen)))
 
 
-def sanitized(tool: str | None, name: str, seconds: float) -> dict[str, Any]:
+def sanitized(tool: str | None, name: str, dtypes: tuple[str, ...], seconds: float) -> dict[str, Any]:
     """One case in a process of its own, under a tool."""
-    command = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--here", name]
+    command = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--here", name, "--dtypes", *dtypes]
     command += ["--repeats", str(REPEATS.get(tool or "", 1))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     row: dict[str, Any] = {"part": tool or "no tool", "case": name}
+    if dtypes != DTYPES:
+        row["dtypes"] = list(dtypes)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         if tool is not None:
@@ -133,7 +138,7 @@ def sanitized(tool: str | None, name: str, seconds: float) -> dict[str, Any]:
             )
             row["status"] = done.returncode
             ran = re.search(r"kernels: (.*)", done.stdout)
-            row["kernels"] = ran.group(1).split() if ran else []
+            row["kernels"] = ran.group(1).split(", ") if ran else []
             if done.returncode:
                 row["error"] = done.stderr[-600:]
         except subprocess.TimeoutExpired:
@@ -153,10 +158,22 @@ def clean(row: dict[str, Any]) -> bool:
     return row["status"] == 0 and (row["part"] == "no tool" or quiet is not None)
 
 
+Job = tuple[str | None, str, tuple[str, ...]]
+
+
+def jobs_of(tools: list[str], cases: list[str], dtypes: tuple[str, ...]) -> list[Job]:
+    """Tool, case and dtypes of each process; the slowest first."""
+    apart = [name for name in SLOW if name in cases and "racecheck" in tools]
+    slow: list[Job] = [("racecheck", name, (dtype,)) for name in apart for dtype in reversed(dtypes)]
+    rest = [(tool, name) for tool in tools for name in cases]
+    return slow + [(tool, name, dtypes) for tool, name in rest if tool != "racecheck" or name not in apart]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="*", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--cases", nargs="*", choices=(*CASES, "decode"), default=[*CASES, "decode"])
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seconds", type=float, default=170.0, help="of the whole; what runs then is ended")
     parser.add_argument("--output", type=Path, default=None)
@@ -164,7 +181,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="calls of that case")
     given = parser.parse_args()
     if given.here:
-        here(given.here, given.repeats)
+        here(given.here, tuple(given.dtypes), given.repeats)
         return
     from benchmarks.gpu import RESULTS, context
 
@@ -175,8 +192,8 @@ def main() -> None:
     kernels: set[str] = set()
     with ThreadPoolExecutor(given.workers) as pool:
 
-        def noted(tool: str | None, name: str) -> dict[str, Any]:
-            row = sanitized(tool, name, end - time.monotonic())
+        def noted(job: Job) -> dict[str, Any]:
+            row = sanitized(*job, end - time.monotonic())
             row["clean"] = clean(row)
             kernels.update(row.pop("kernels", ()))
             rows.append(row)
@@ -185,13 +202,12 @@ def main() -> None:
                 json.dumps({"title": title, "context": machine, "kernels": sorted(kernels), "rows": rows}, indent=1)
                 + "\n"
             )
-            print(row["part"], name, row["status"], f"{row['seconds']} s", row["summary"], flush=True)
+            print(*job[:2], *row.get("dtypes", ()), row["status"], f"{row['seconds']} s", row["summary"], flush=True)
             return row
 
-        list(pool.map(lambda name: noted(None, name), given.cases))
-        found = list(
-            pool.map(lambda pair: noted(*pair), [(tool, name) for tool in given.tools for name in given.cases])
-        )
+        dtypes = tuple(given.dtypes)
+        list(pool.map(noted, [(None, name, dtypes) for name in given.cases]))
+        found = list(pool.map(noted, jobs_of(given.tools, given.cases, dtypes)))
     sys.exit(not all(row["clean"] for row in found))
 
 
