@@ -24,8 +24,9 @@ class ProjectedMixer(nn.Module):
         rope: base of rotary positions on queries and keys, or None.
         conv_size: taps of a causal depthwise convolution on queries, keys and values; 0 for none.
         norm_gate: RMS norm of each head's output times silu of a linear function of the token.
+        qk_norm: RMS norm of each head's queries and keys, before rotary positions.
 
-    The last two are what RACE's layer offers, so that methods are compared with the same surroundings.
+    The last three are what RACE's mixer offers, so that methods are compared with the same surroundings.
     """
 
     recurrent = False
@@ -44,6 +45,7 @@ class ProjectedMixer(nn.Module):
         rope: float | None = None,
         conv_size: int = 0,
         norm_gate: bool = False,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
@@ -59,6 +61,7 @@ class ProjectedMixer(nn.Module):
         self.conv_weight = nn.Parameter(weight) if conv_size else None
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if norm_gate else None
         self.gate = nn.Linear(dim, dim, bias=False) if norm_gate else None
+        self.query_norm, self.key_norm = (nn.RMSNorm(self.head_dim, eps=1e-5) if qk_norm else None for _ in range(2))
         # Tables, as usual: compiled code would work out a sine in float64 for each element of each batch.
         cos, sin = (None, None) if rope is None else angles(self.head_dim, rope, 0, max_length, torch.device("cpu"))
         self.register_buffer("cos", cos, persistent=False)
@@ -71,6 +74,7 @@ class ProjectedMixer(nn.Module):
             before = self.conv_weight.shape[1] - 1
             channels = convolve(F.pad(channels, (0, 0, before, 0)), self.conv_weight.to(channels.dtype))
         query, key, value = channels.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        query, key = normed(query, self.query_norm), normed(key, self.key_norm)
         if self.rope is None:
             return query, key, value
         end = offset + x.shape[1]
@@ -98,7 +102,12 @@ class ProjectedMixer(nn.Module):
         if self.head_norm is None or self.gate is None:
             return mixed
         gate = F.silu(self.gate(x)).unflatten(-1, (self.heads, self.head_dim))
-        return F.rms_norm(mixed, (self.head_dim,), self.head_norm.weight.to(mixed.dtype), self.head_norm.eps) * gate
+        return normed(mixed, self.head_norm) * gate
+
+
+def normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """``norm`` of x in x's dtype, which torch's fused norm wants of its weight too; x without a norm."""
+    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
 
 
 def rotate(x: Tensor, base: float, offset: int = 0) -> Tensor:

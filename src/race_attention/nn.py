@@ -261,7 +261,7 @@ class RaceAttention(nn.Module):
             if context is not None:
                 angles = cosines(positions(query, None, None, None), self.head_dim // 2, self.rope, query.dtype)
             query = turn(query, *angles)
-        result = race_attention(
+        result = self._attend(
             query,
             key,
             value,
@@ -302,6 +302,10 @@ class RaceAttention(nn.Module):
             raise ValueError(f"x: got shape {list(x.shape)}, allowed is [B, {self.embed_dim}]")
         out, state = self.forward(x.unsqueeze(1), state=state, return_state=True)
         return out.squeeze(1), state
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Any:
+        """The core on heads' queries, keys and values, as :func:`race_attention`: what a subclass may change."""
+        return race_attention(query, key, value, **keywords)
 
     def _convolve(
         self,
