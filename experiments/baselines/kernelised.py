@@ -85,14 +85,24 @@ def _fading(query: Tensor, key: Tensor, values: Tensor, log_decay: Tensor) -> Te
     run = F.pad(log_decay, (0, 0, 0, pad)).unflatten(1, (chunks, CHUNK)).cumsum(dim=2)  # [B, N, C, H]
     total = run[:, :, -1:]
     states = torch.einsum("bnthr,bnthd->bnhrd", key * (total - run).exp().unsqueeze(-1), values)
-    before = [torch.zeros_like(states[:, 0])]
-    for n in range(chunks - 1):
-        before.append(total[:, n, 0, :, None, None].exp() * before[-1] + states[:, n])
+    before = _faded_sums(states, total[:, :, 0])
     between = run.movedim(-1, 2)  # [B, N, H, C]
     later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=query.device).triu(1)
     weight = (between.unsqueeze(-1) - between.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
     scores = torch.einsum("bnthr,bnshr->bnhts", query, key) * weight
     out = torch.einsum("bnhts,bnshd->bnthd", scores, values)
     faded = query * run.exp().unsqueeze(-1)
-    out = out + torch.einsum("bnthr,bnhrd->bnthd", faded, torch.stack(before, dim=1))
+    out = out + torch.einsum("bnthr,bnhrd->bnthd", faded, before)
     return out.flatten(1, 2)[:, :length]
+
+
+def _faded_sums(states: Tensor, total: Tensor) -> Tensor:
+    """What is left of earlier chunks before each: [B, N, H, R, D] of states and log decays of whole chunks [B, N, H].
+
+    As one product: a loop over chunks is unrolled by the compiler, which then takes minutes for long texts.
+    """
+    run = total.double().cumsum(dim=1).movedim(1, -1)  # [B, H, N], in float64 since differences are taken
+    before = F.pad(run, (1, 0))[..., :-1]
+    earlier = torch.ones(run.shape[-1], run.shape[-1], dtype=torch.bool, device=run.device).tril(-1)
+    weight = (before.unsqueeze(-1) - run.unsqueeze(-2)).masked_fill(~earlier, -torch.inf).exp().to(states.dtype)
+    return torch.einsum("bhnm,bmhrd->bnhrd", weight, states)
