@@ -64,7 +64,8 @@ class RaceMixer(RaceAttention):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Any:
         if self.wide_core:
             with torch.autocast(query.device.type, enabled=False):
-                return race_attention(query.float(), key.float(), value.float(), **keywords).to(value.dtype)
+                wide: Any = race_attention(query.float(), key.float(), value.float(), **keywords)
+                return wide.to(value.dtype)
         out = super()._attend(query, key, value, **keywords)
         if self.contrast_bias is None:
             return out

@@ -17,8 +17,8 @@ __all__ = ["TASKS", "Batch", "Task", "make_task"]
 #: name -> module:class of the options:class of the task.
 TASKS = {
     "fashion_mnist": "experiments.tasks.images:FashionOptions:FashionMnist",
-    "cifar10": "experiments.tasks.images:HubImageOptions:Cifar10",
-    "food101": "experiments.tasks.images:HubImageOptions:Food101",
+    "cifar10": "experiments.tasks.images:PictureOptions:Cifar10",
+    "food101": "experiments.tasks.images:PictureOptions:Food101",
     "sst2": "experiments.tasks.sentences:SentenceOptions:Sst2",
     "qnli": "experiments.tasks.sentences:SentenceOptions:HubSentences",
     "imdb": "experiments.tasks.sentences:SentenceOptions:HubSentences",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from experiments.config import check
 from experiments.data.files import from_hub, local_folder, read_idx
 from experiments.data.local import read_checked
+from experiments.data.pictures import as_bytes, read_cifar10, read_food101
 from experiments.models.blocks import ModelConfig
 from experiments.models.encoder import HeadConfig, VisionTransformer
 from experiments.tasks.base import Batch, Split, SplitTask, hold_out
@@ -74,8 +75,8 @@ def _fashion_split(folder: Path | None, part: str) -> Split:
 
 
 @dataclass(frozen=True)
-class HubImageOptions:
-    """Options of image sets from the Hugging Face hub.
+class PictureOptions:
+    """Options of CIFAR-10 and Food-101, from local files or the Hugging Face hub.
 
     Attributes:
         side: images are cut square and scaled to so many pixels a side; 0 for the data set's own.
@@ -91,33 +92,39 @@ class HubImageOptions:
     limit: int | None = None
 
 
-class _HubImages(ImageTask):
+class _Pictures(ImageTask):
+    reader: Callable[..., tuple[Tensor, Tensor]]  # of local files
     column, classes, side, test = "image", 2, 32, "test"
 
     def __init__(
-        self, name: str, options: HubImageOptions, *, data_dir: str | None, device: torch.device, seed: int
+        self, name: str, options: PictureOptions, *, data_dir: str | None, device: torch.device, seed: int
     ) -> None:
         side = options.side or self.side
         check(side % options.patch == 0, "task_options.patch", options.patch, f"a divisor of the side, {side}")
         parts = {"train": "train", "test": self.test}
-        splits = {
-            part: _hub_images(name, split, side, self.column, options.grey, options.limit)
-            for part, split in parts.items()
-        }
+        folder = local_folder(name, data_dir)
+        splits = {}
+        for part, split in parts.items():
+            if folder is None:
+                splits[part] = _hub_images(name, split, side, self.column, options.grey, options.limit)
+            else:
+                splits[part] = Split(*type(self).reader(folder, part, side, options.grey, options.limit))
         splits["train"], splits["valid"] = hold_out(splits["train"], len(splits["train"].targets) // 10)
         head = HeadConfig(self.classes, options.pool, options.patch, (side, side), 1 if options.grey else 3)
         super().__init__(name, splits, head, device, seed)
 
 
-class Cifar10(_HubImages):
+class Cifar10(_Pictures):
     """CIFAR-10 (Krizhevsky 2009) as 1,024 pixels, grey as in the Long Range Arena."""
 
+    reader = staticmethod(read_cifar10)
     column, classes, side, test = "img", 10, 32, "test"
 
 
-class Food101(_HubImages):
+class Food101(_Pictures):
     """Food-101 (Bossard et al. 2014), 128 x 128: 16,384 pixels."""
 
+    reader = staticmethod(read_food101)
     column, classes, side, test = "image", 101, 128, "validation"
 
 
@@ -126,19 +133,9 @@ def _hub_images(name: str, split: str, side: int, column: str, grey: bool = True
     rows = rows.shuffle(seed=0)  # classes lie in blocks in some sets; the same shuffle for everybody
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    images = torch.stack([_image(row[column], side, grey) for row in rows])
+    images = torch.stack([as_bytes(row[column], side, grey) for row in rows])
     label = "label"
     return Split(images, torch.tensor(rows[label]))
-
-
-def _image(picture: object, side: int, grey: bool) -> Tensor:
-    """A PIL picture as bytes [C, side, side], cut square in the middle."""
-    from PIL import Image, ImageOps
-
-    assert isinstance(picture, Image.Image)
-    picture = ImageOps.fit(picture.convert("L" if grey else "RGB"), (side, side))
-    array = torch.from_numpy(np.array(picture))
-    return array[None] if grey else array.permute(2, 0, 1).contiguous()
 
 
 def _limited(split: Split, limit: int | None) -> Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,7 +127,16 @@ class HubSentences(SentenceTask):
                 part for part in ("train", "valid", "test") if (folder / f"{part}.tsv").exists() or part == "train"
             ]
             texts = {part: read_labelled(read_checked(folder, f"{part}.tsv").decode(), f"{part}.tsv") for part in parts}
+            if "valid" not in parts:  # the last tenth is held out, which must not be one class of a sorted file
+                texts["train"] = _shuffled(*texts["train"])
         super().__init__(name, texts, options, device, seed)
+
+
+def _shuffled(texts: Sequence[str], labels: Sequence[int]) -> tuple[list[str], list[int]]:
+    """In another order, the same for everybody."""
+    order = list(range(len(texts)))
+    random.Random(0).shuffle(order)
+    return [texts[i] for i in order], [labels[i] for i in order]
 
 
 def read_labelled(content: str, where: str) -> tuple[list[str], list[int]]:
