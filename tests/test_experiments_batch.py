@@ -163,8 +163,8 @@ def test_times_of_steps_lie_beside_the_results(tmp_path):
     time_steps([*given, "--row", "linear"])
     time_steps([*given, "--row", "softmax"])
     speed = json.loads((tmp_path / "res/t/speed.json").read_text())
-    assert set(speed) == {"milliseconds", "memory_gb", "machine"}
-    assert set(speed["milliseconds"]) == set(speed["memory_gb"]) == {"linear", "softmax"}
+    assert set(speed) == {"milliseconds", "memory_gb", "machine", "machines"}
+    assert set(speed["milliseconds"]) == set(speed["memory_gb"]) == set(speed["machines"]) == {"linear", "softmax"}
     assert min(speed["milliseconds"].values()) > 0
     with pytest.raises(SystemExit):
         time_steps([*given, "--row", "magic"])
