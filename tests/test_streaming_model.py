@@ -353,14 +353,14 @@ class GRUMixer(nn.Module):
 
 
 @pytest.fixture
-def _registered_gru():
+def _registered_gru(monkeypatch):
+    monkeypatch.setattr(protocol, "_ADAPTERS", dict(protocol._ADAPTERS))
+
     def gru(forward: Any, state: Any, args: Any, kwargs: Any) -> Any:
         out, state = forward(*args, state, **kwargs)
         return (out, state), state
 
     register_stateful(nn.GRU, gru)
-    yield
-    del protocol._ADAPTERS[nn.GRU]
 
 
 @pytest.mark.usefixtures("_registered_gru")
