@@ -217,6 +217,20 @@ def test_nothing_and_one(backend, dtype, causal, shape):
 
 @ALL
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [{"tokens": 0}, {"lengths": ()}, {"lengths": (0, 0)}], ids=str)
+def test_without_tokens_there_is_still_a_way_back(backend, dtype, causal, shape):
+    """A batch that happens to be empty does not end a training loop: whichever input alone wants a gradient."""
+    skip_unless_runnable(backend)
+    for name in ("query", "key", "value", "hyperplanes", "beta"):
+        inputs = make_inputs(**shape, causal=causal, dtype=dtype, device=backend.device)
+        inputs[name].requires_grad_()
+        out, state = race_attention(**inputs, return_state=True, backend=backend.name)
+        (out.double().sum() + state.value_sum.sum()).backward()
+        assert inputs[name].grad is not None and not inputs[name].grad.any(), name
+
+
+@ALL
+@pytest.mark.parametrize("causal", [False, True])
 def test_all_keys_masked_gives_zero_and_zero_gradients(backend, dtype, causal):
     skip_unless_runnable(backend)
     inputs = make_inputs(masked=1.1, causal=causal, dtype=dtype, device=backend.device, requires_grad=True)

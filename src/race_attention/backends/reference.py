@@ -298,6 +298,8 @@ class _PackedGrid:
 
     def scan(self, states: Tensor, factor: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
         before, final, chunk = [], [], 0
+        if not states.shape[0]:  # no tokens: results still hang on them, so that there is something to go back through
+            initial = initial + states.sum(0)
         for row, chunks in enumerate(self.rows):
             state = initial[row]
             for _ in range(chunks):
@@ -306,5 +308,4 @@ class _PackedGrid:
                 chunk += 1
             final.append(state)
         # Empty lists: no token at all, or no row.
-        none = initial.new_zeros(0, *initial.shape[1:])
-        return torch.stack(before) if before else none, torch.stack(final) if final else none
+        return torch.stack(before) if before else states, torch.stack(final) if final else initial
