@@ -316,8 +316,13 @@ class Right(dict[str, Tensor]):
         self.terms = terms
 
 
-def by_oracle(inputs: Inputs) -> Right:
-    """Results and gradients of the float64 oracle, for inputs as they are."""
+def by_oracle(inputs: Inputs, asked: Callable[[Any, Inputs], Any] = lambda results, inputs: results) -> Right:
+    """Results and gradients of the float64 oracle, for inputs as they are.
+
+    Args:
+        inputs: of the oracle, of any dtype.
+        asked: what of its output and state the results are.
+    """
     of_beta, of_sums = [torch.zeros(())], [torch.zeros(())]
     sides, final_state = testing._side_probabilities, testing._Run.final_state
 
@@ -338,7 +343,7 @@ def by_oracle(inputs: Inputs) -> Right:
         mock.patch.object(testing, "_side_probabilities", for_each_token),
         mock.patch.object(testing._Run, "final_state", with_terms),
     ):
-        results = evaluate(lambda x: oracle(**x, return_state=True), in_double(inputs))
+        results = evaluate(lambda x: asked(oracle(**x, return_state=True), x), in_double(inputs))
     terms = {"gradient of beta": of_beta, "value_sum": of_sums}
     return Right(results, {name: float(sum(squares)) ** 0.5 for name, squares in terms.items()})
 
