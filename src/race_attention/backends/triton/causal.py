@@ -28,10 +28,10 @@ from .narrow import (
     buckets_of,
     by_bucket,
     chunk_at,
+    corners_of,
     decay_so_far,
     fading,
     hashed,
-    load_corners,
     load_hash,
     load_mass,
     load_sums,
@@ -102,8 +102,8 @@ def key_states_kernel(
             fades += (batch * G + group) * T + start
             in_chunk = tl.zeros([], tl.float32)
     b = tl.load(beta + group)
-    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
-    corners = load_corners(P, N, SP, PRECISION)
+    hashes = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
+    corners = corners_of(0, 0, SP, P, N, PRECISION)
 
     sums = tl.zeros([VP, SP], tl.float32)
     if TILED:
@@ -197,8 +197,8 @@ def readout_kernel(
     out += ((batch * T + start) * H + head) * V
     inverses += (batch * H + head) * T + start
     b = tl.load(beta + group)
-    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
-    corners = load_corners(P, N, SP, PRECISION)
+    hashes = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
+    corners = corners_of(0, 0, SP, P, N, PRECISION)
     state = before + (run.to(tl.int64) * G + group) * (S * (V + 1))
     VH: tl.constexpr = VP // 2 if TALL else VP  # in halves of Dv where the sums fill the registers
     width = tl.full([], SW, tl.int64)

@@ -22,8 +22,8 @@ from .narrow import (
     block_decay,
     buckets_of,
     chunk_at,
+    corners_of,
     hashed,
-    load_corners,
     load_hash,
     load_sums,
     rows_at,
@@ -88,8 +88,8 @@ def adjoint_kernel(
     query_hashes += ((batch * H + head) * T + start) * YW
     place = place_of(run, batch, row, start, T, CH, PACKED)
     b = tl.load(beta + group)
-    hashes = load_hash(planes, group, L, P, D, DP, N, PRECISION)
-    corners = load_corners(P, N, SP, PRECISION)
+    hashes = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
+    corners = corners_of(0, 0, SP, P, N, PRECISION)
     grads = tl.zeros([VP, SP], tl.float32)
     c = tl.arange(0, C)
 

@@ -120,7 +120,7 @@ def load_unhash(
     Else rounded, [N, DP]: what is multiplied by them is rounded as well.
     """
     if FINE:
-        return load_hash(planes, head, L, P, D, DP, N, PRECISION)
+        return load_hash(planes, head, 0, L, P, D, DP, N, PRECISION)
     else:
         n = tl.arange(0, N)
         d = tl.arange(0, DP)

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from .device import add_dot, fine_dot, keys_inside, load_rows, operand, reciprocal, store_rows, whole_rows
-from .narrow import hashed, unhashed
+from .narrow import corners_of, hashed, load_hash, unhashed
 from .wide import kernel, load_columns, load_delta, place, store_out
-from .wide_features import buckets_at, corners_of, load_group, side_logs
+from .wide_features import buckets_at, side_logs
 from .wide_halves import add_sums, projection_gradients, store_grad_y
 
 
@@ -59,7 +59,7 @@ def readout_kernel(
     numerator = tl.zeros([C, VB], tl.float32)
     denominator = tl.zeros([C], tl.float32)
     for first in range(0, S, GB):
-        w = load_group(planes, group, first >> P, L, P, D, DP, N, PRECISION)
+        w = load_hash(planes, group, first >> P, L, P, D, DP, N, PRECISION)
         logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
         for at in tl.range(first, first + GB, SB, num_stages=1):
             phi = operand(buckets_at(logs, at, first >> P, C, SB, S, P, N, LIFT, PRECISION), PRECISION)
@@ -117,7 +117,7 @@ def query_gradient_kernel(
     dq = tl.zeros([C, DP], tl.float32)
     beta_sum = tl.zeros([C, N], tl.float32)
     for first in range(0, S, GB):
-        w = load_group(planes, group, first >> P, L, P, D, DP, N, PRECISION)
+        w = load_hash(planes, group, first >> P, L, P, D, DP, N, PRECISION)
         y = hashed(rows_q, w, C, N, PRECISION)
         logs = side_logs(y, b, C, N, PRECISION)
         of_logs = tl.zeros([C, 2 * N], tl.float32)
@@ -173,7 +173,7 @@ def key_gradient_kernel(
     dv = tl.zeros([C, VP], tl.float32)
     beta_sum = tl.zeros([C, N], tl.float32)
     for first in range(0, S, GB):
-        w = load_group(planes, group, first >> P, L, P, D, DP, N, PRECISION)
+        w = load_hash(planes, group, first >> P, L, P, D, DP, N, PRECISION)
         y = hashed(rows_k, w, C, N, PRECISION)
         logs = side_logs(y, b, C, N, PRECISION)
         of_logs = tl.zeros([C, 2 * N], tl.float32)

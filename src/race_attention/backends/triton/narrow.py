@@ -196,16 +196,16 @@ def taken_up(sums, rows, weights, TALL: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_hash(
-    planes, head, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    planes, head, table, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A head's hyperplanes in two parts of bfloat16, the high ones and below them the low ones, [2N, DP].
+    """A head's hyperplanes from a table on, in two parts of bfloat16, the high ones and below them the low ones.
 
-    In float32 as they are, and below them zeros.
+    [2N, DP]. In float32 as they are, and below them zeros.
     """
     d = tl.arange(0, DP)
     row = tl.arange(0, 2 * N)
-    n = row % N
+    n = table * P + row % N
     pointer = planes + (head.to(tl.int64) * (L * P) + n)[:, None] * D + d[None, :]
     w = tl.load(pointer, mask=(n < L * P)[:, None] & (d < D)[None, :], other=0.0)
     if PRECISION == "ieee":
@@ -216,12 +216,15 @@ def load_hash(
 
 
 @triton.jit
-def load_corners(P: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
-    """Which planes are on the +1 side of which buckets, and below them which on the -1 side: 0 or 1, [2N, SP]."""
+def corners_of(at, table, W: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """Which planes are on the +1 side of the buckets at .. at + W - 1, and below them which on the -1 side.
+
+    0 or 1, [2N, W]; the planes are those from ``table`` on.
+    """
     row = tl.arange(0, 2 * N)[:, None]
-    s = tl.arange(0, SP)[None, :]
+    s = at + tl.arange(0, W)[None, :]
     n = row % N
-    chosen = (n // P == (s >> P)) & ((((s >> (n % P)) & 1) == 1) == (row < N))
+    chosen = (n // P == (s >> P) - table) & ((((s >> (n % P)) & 1) == 1) == (row < N))
     corners = tl.where(chosen, 1.0, 0.0)
     return corners if PRECISION == "ieee" else corners.to(tl.float16)
 

@@ -31,8 +31,8 @@ from .device import (
     run_bounds,
     whole_rows,
 )
-from .narrow import hashed
-from .wide_features import buckets_at, halves_of, kernel_of, load_group, side_logs, store_halves
+from .narrow import hashed, load_hash
+from .wide_features import buckets_at, halves_of, kernel_of, side_logs, store_halves
 
 NEVER_SPECIALIZED = ["first", "lines", "T", "RUN", "SUB", "NC", "G", "BLOCKS"]
 NEVER_SPECIALIZED += [of + along for of in "xqkvomg" for along in "bth"]
@@ -182,7 +182,7 @@ def accumulate_kernel(
     key_mask += batch * mb + group * mh
     b = tl.load(beta + group)
     of_table = tile // NV * SB >> P
-    w = load_group(planes, group, of_table, L, P, D, DP, N, PRECISION)
+    w = load_hash(planes, group, of_table, L, P, D, DP, N, PRECISION)
     c = tl.arange(0, C)
     state_at = s[:, None] * V + v[None, :]
     fits = (s < S)[:, None] & (v < V)[None, :]
@@ -385,7 +385,7 @@ def readout_kernel(
     local += slot * (S * V)
     local_mass += slot * S
     if HALVES:
-        w = load_group(planes, group, 0, L, P, D, DP, N, PRECISION)
+        w = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
         logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
         numerator, denominator = from_state(
             numerator, denominator, logs, 0, local, local_mass, features_q, H * FW, queries, v, C, P, N, LIFT, V, S, GB,
@@ -393,7 +393,7 @@ def readout_kernel(
         )  # fmt: skip
     else:
         for at in range(0, SW, GB):
-            w = load_group(planes, group, at >> P, L, P, D, DP, N, PRECISION)
+            w = load_hash(planes, group, at >> P, L, P, D, DP, N, PRECISION)
             logs = side_logs(hashed(rows_q, w, C, N, PRECISION), b, C, N, PRECISION)
             numerator, denominator = from_state(
                 numerator, denominator, logs, at, local, local_mass, features_q, H * FW, queries, v, C, P, N, LIFT, V,

@@ -19,25 +19,7 @@ import triton
 import triton.language as tl
 
 from .device import FLOOR, dot, float16_of, inverse_of, log2_of, operand, sides
-from .narrow import beside
-
-
-@triton.jit
-def load_group(
-    planes, head, table, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The hyperplanes from a table on, [2N, DP]: in two parts of bfloat16, or float32 and below them zeros."""
-    d = tl.arange(0, DP)
-    row = tl.arange(0, 2 * N)
-    n = table * P + row % N
-    pointer = planes + (head.to(tl.int64) * (L * P) + n)[:, None] * D + d[None, :]
-    w = tl.load(pointer, mask=(n < L * P)[:, None] & (d < D)[None, :], other=0.0)
-    if PRECISION == "ieee":
-        return tl.where((row < N)[:, None], w, 0.0)
-    else:
-        high = w.to(tl.bfloat16)
-        return tl.where((row < N)[:, None], high, (w - high.to(tl.float32)).to(tl.bfloat16))
+from .narrow import beside, corners_of
 
 
 @triton.jit
@@ -53,17 +35,6 @@ def side_logs(y, beta, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
     log_down = log2_of(odds * share * (1.0 - FLOOR) + 0.5 * FLOOR)
     logs = beside(log_up, log_down, C, N)
     return logs if PRECISION == "ieee" else float16_of(logs)
-
-
-@triton.jit
-def corners_of(at, table, W: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
-    """Which of the logarithms of the planes from ``table`` on make the buckets at .. at + W - 1: 0 or 1, [2N, W]."""
-    row = tl.arange(0, 2 * N)[:, None]
-    s = at + tl.arange(0, W)[None, :]
-    n = row % N
-    chosen = (n // P == (s >> P) - table) & ((((s >> (n % P)) & 1) == 1) == (row < N))
-    corners = tl.where(chosen, 1.0, 0.0)
-    return corners if PRECISION == "ieee" else corners.to(tl.float16)
 
 
 @triton.jit
@@ -96,7 +67,7 @@ def half_corners(
     first, W: tl.constexpr, P: tl.constexpr, PL: tl.constexpr, N: tl.constexpr, HW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`corners_of`: of the halves of a group's tables from the first'th on, [2N, W]."""
+    """As :func:`~.narrow.corners_of`: of the halves of a group's tables from the first'th on, [2N, W]."""
     row = tl.arange(0, 2 * N)[:, None]
     column = tl.arange(0, W)[None, :]
     p = row % N - (first + column // HW) * P

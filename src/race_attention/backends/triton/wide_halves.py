@@ -31,9 +31,9 @@ from .device import (
     store_rows,
     whole_rows,
 )
-from .narrow import hashed, unhashed
+from .narrow import corners_of, hashed, load_hash, unhashed
 from .wide import kernel, load_age, load_ages, load_between, load_columns, load_delta, place, weights
-from .wide_features import buckets_at, corners_of, half_corners, halves_of, load_group, load_halves, side_logs
+from .wide_features import buckets_at, half_corners, halves_of, load_halves, side_logs
 
 # ------------------------------------------------------------------------------------------------ parts
 
@@ -163,7 +163,7 @@ def query_gradient_kernel(
         q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
         scale *= tl.exp(q_whole + q_part)
 
-    w = load_group(planes, group, 0, L, P, D, DP, N, PRECISION)
+    w = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
     y = hashed(load_rows(query, qt, t, queries, C, D, DP, ALIGNED), w, C, N, PRECISION)
     logs = side_logs(y, b, C, N, PRECISION)
     of_logs = tl.zeros([C, 2 * N], tl.float32)
@@ -250,7 +250,7 @@ def key_gradient_kernel(
         end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
         left = tl.exp((end_whole - k_whole) + (end_part - k_part))
 
-    w = load_group(planes, group, 0, L, P, D, DP, N, PRECISION)
+    w = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
     y = hashed(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), w, C, N, PRECISION)
     logs = side_logs(y, b, C, N, PRECISION)
     rows = operand(load_columns(value, vt, t, inside, 0, V, C, VP, ALIGNED), PRECISION)
