@@ -22,7 +22,6 @@ import datetime
 import importlib.metadata
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_parts
-from benchmarks.gpu_parts import PARTS, bandwidth, compiled, freed, jobs_of
+from benchmarks.gpu_parts import PARTS, bandwidth, compiled, cores, freed, jobs_of
 from benchmarks.gpu_peers import DIM, HEADS
 from benchmarks.gpu_plot import plot
 from experiments.report import commit
@@ -44,7 +43,7 @@ def compile_all(only: list[str]) -> None:
     """In processes of their own: fills Triton's cache on disk."""
     jobs = jobs_of(only)
     if jobs:
-        with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+        with multiprocessing.get_context("spawn").Pool(min(len(jobs), cores())) as pool:
             pool.map(compiled, jobs, chunksize=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_peers import DIM, EXACT, HEADS, Exact, Linear, Nothing, Race, Step, has_linear
+from benchmarks.gpu_peers import DIM, EXACT, HEADS, Candidates, Exact, Linear, Nothing, Race, Step, has_linear
 from race_attention.backends.triton.decode import decode_
 
 MILLION = 1 << 20
@@ -101,23 +102,22 @@ def table(report: Report) -> None:
 def wide(report: Report) -> None:
     """More buckets than one tile holds."""
     for planes, tables in WIDE:
-        for causal in (True, False):
+        for how in ({"causal": True}, {"causal": False}, {"causal": True, "decay": True}):
             for backward in (False, True):
-                given: dict[str, Any] = {"tokens": MILLION, "causal": causal, "backward": backward}
-                row(report, "wide", partial(Race, planes, tables, **given), 3, P=planes, L=tables, **given)
+                given: dict[str, Any] = {"tokens": MILLION, "backward": backward, **how}
+                row(report, "wide", partial(Race, planes, tables, **given), P=planes, L=tables, **given)
 
 
-def linear(report: Report) -> None:
+def beside_linear(part: str, kinds: tuple[str, ...], decay: bool, report: Report) -> None:
     """Beside flash-linear-attention of as many features as (4,4) has buckets, forward, and with its backward pass."""
     planes, tables = CONFIGURATIONS[-1]
     for tokens in (1 << 16, MILLION):
         for backward in (False, True):
             what: dict[str, Any] = {"tokens": tokens, "causal": True, "backward": backward}
-            for decay in (False, True):
-                make = partial(Race, planes, tables, tokens, True, backward, decay=decay)
-                row(report, "linear", make, P=planes, L=tables, **what, decay=decay)
-            for kind in Linear.KINDS if has_linear() else ():
-                row(report, "linear", partial(Linear, kind, tables << planes, tokens, backward), peer=kind, **what)
+            make = partial(Race, planes, tables, tokens, True, backward, decay=decay)
+            row(report, part, make, 11, 6, P=planes, L=tables, **what, decay=decay)
+            for kind in kinds if has_linear() else ():
+                row(report, part, partial(Linear, kind, tables << planes, tokens, backward), 11, peer=kind, **what)
 
 
 def lengths(heads: int, longest: int, exact_longest: int, report: Report) -> None:
@@ -235,15 +235,21 @@ PARTS: dict[str, Callable[[Report], None]] = {
     "lengths-4": partial(lengths, 4, 24, 16),
     "lengths-64": partial(lengths, 64, 20, 14),
     "wide": wide,
-    "linear": linear,
+    "linear": partial(beside_linear, "linear", Linear.KINDS, False),
+    "gated": partial(beside_linear, "gated", Linear.GATED, True),
     "repeats": repeats,
 }
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def compiled(job: tuple[Any, ...]) -> None:
     """Calls what a job names once. One that fails here fails again where it is measured, and is reported there."""
     kind, *arguments = job
-    makers: dict[str, Callable[..., Step]] = {"race": Race, "token": _token, "linear": Linear}
+    makers: dict[str, Callable[..., Step]] = {"race": Race, "token": _token, "linear": Candidates}
     with contextlib.suppress(Exception):
         makers[kind](*arguments)()
         torch.cuda.synchronize()
@@ -255,10 +261,13 @@ def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
     for pair in CONFIGURATIONS if set(only) - {"wide", "decode", "host"} else ():
         jobs += [("race", *pair, 4096, causal, True) for causal in (True, False)]
         jobs.append(("race", *pair, 4096, True, True, HEADS, True))
-    if "linear" in only and has_linear():
-        jobs += [("linear", kind, 64, 4096, True) for kind in Linear.KINDS]
+    for part, kinds in (("linear", Linear.KINDS[:1]), ("gated", Linear.GATED)):  # the first has the others' kernels
+        if part in only and has_linear():
+            shares = cores()
+            jobs += [("linear", share, shares, kind, 64, 1 << 16, True) for kind in kinds for share in range(shares)]
     if "wide" in only:
-        jobs += [("race", *pair, 4096, causal, True) for pair in WIDE for causal in (True, False)]
+        ways = ((True, False), (False, False), (True, True))
+        jobs += [("race", *pair, 4096, causal, True, HEADS, decay) for pair in WIDE for causal, decay in ways]
     if "decode" in only:
         jobs += [("token", 1, *pair, dtype) for pair in (*CONFIGURATIONS, *WIDE) for dtype in STATES]
     return jobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,8 @@ class Linear:
     The features are given, not computed from queries and keys of 128 numbers: it has less to do.
     """
 
-    KINDS = ("linear, normalised", "linear", "simple_gla", "gla")
+    KINDS = ("linear, normalised", "linear")
+    GATED = ("simple_gla", "gla")
 
     def __init__(self, kind: str, buckets: int, tokens: int, backward: bool, heads: int = HEADS) -> None:
         self.query, self.key = (
@@ -118,6 +120,36 @@ class Linear:
             inputs.append(self.gate)
             out, _ = (chunk_simple_gla if self.kind == "simple_gla" else chunk_gla)(*inputs)
         return torch.autograd.grad(out, inputs, self.grad) if self.backward else out
+
+
+class Candidates:
+    """A call of :class:`Linear` that compiles a share of the configurations its autotuner tries, and times none.
+
+    Processes with a share each fill Triton's cache on disk at the same time; tuned in one process, compiling them one
+    after the other takes minutes.
+    """
+
+    def __init__(self, share: int, shares: int, *arguments: Any) -> None:
+        self.share, self.shares, self.arguments = share, shares, arguments
+
+    def __call__(self) -> None:
+        from triton.runtime.autotuner import Autotuner
+
+        share, shares = self.share, self.shares
+
+        def compiled(tuner: Any, *args: Any, config: Any, **meta: Any) -> list[float]:
+            place = tuner.configs.index(config)
+            if place % shares == share:
+                with contextlib.suppress(Exception):  # the autotuner leaves out those that do not compile
+                    tuner.fn.run(*args, **(meta | config.all_kwargs() | {"warmup": True}))
+            return [float(place)] * 3  # the first is the best: what comes after has something to go on with
+
+        def not_written(tuner: Any, key: Any, configs: Any, timed: Callable[[], None]) -> bool:
+            timed()
+            return False
+
+        Autotuner._bench, Autotuner.check_disk_cache = compiled, not_written
+        Linear(*self.arguments)()
 
 
 def has_linear() -> bool:
