@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .device import add_dot, fine_dot, keys_inside, load_rows, operand, reciprocal, store_rows, whole_rows
 from .narrow import corners_of, hashed, load_hash, unhashed
-from .wide import kernel, load_columns, load_delta, place, store_out
+from .wide import block_of, kernel, load_columns, load_delta, store_out
 from .wide_features import buckets_at, side_logs
 from .wide_halves import add_sums, projection_gradients, store_grad_y
 
@@ -41,12 +41,10 @@ def readout_kernel(
     NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
     column = tl.program_id(0) % NV * VB
-    head = tl.program_id(0) // NV % H
-    block = tl.program_id(0) // NV // H % BLOCKS
-    run = tl.program_id(0) // NV // H // BLOCKS
+    head, run, batch, row, start, end, line, t = block_of(
+        tl.program_id(0) // NV, H, 0, table, T, RUN, NC, BLOCKS, C, PACKED
+    )
     group = head // SHARE
-    batch, row, start, end, last, line = place(run, 0, table, T, RUN, NC, PACKED)
-    t = start + block * C
     if t >= end:
         return
     query += whole_rows(batch * qb + head * qh, ALIGNED)
@@ -90,12 +88,8 @@ def query_gradient_kernel(
     """
     GROUPS: tl.constexpr = (S + GB - 1) // GB
     H = G * SHARE
-    head = tl.program_id(0) % H
-    block = tl.program_id(0) // H % BLOCKS
-    run = tl.program_id(0) // H // BLOCKS
+    head, run, batch, row, start, end, line, t = block_of(tl.program_id(0), H, 0, table, T, RUN, NC, BLOCKS, C, PACKED)
     group = head // SHARE
-    batch, row, start, end, last, line = place(run, 0, table, T, RUN, NC, PACKED)
-    t = start + block * C
     if t >= end:
         return
     query += whole_rows(batch * qb + head * qh, ALIGNED)
@@ -150,11 +144,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """grad_key and grad_value of a block of keys from the gradient of the row's state (programs: runs * blocks * G)."""
     GROUPS: tl.constexpr = (S + GB - 1) // GB
-    group = tl.program_id(0) % G
-    block = tl.program_id(0) // G % BLOCKS
-    run = tl.program_id(0) // G // BLOCKS
-    batch, row, start, end, last, line = place(run, 0, table, T, RUN, NC, PACKED)
-    t = start + block * C
+    group, run, batch, row, start, end, line, t = block_of(tl.program_id(0), G, 0, table, T, RUN, NC, BLOCKS, C, PACKED)
     if t >= end:
         return
     key += whole_rows(batch * kb + group * kh, ALIGNED)

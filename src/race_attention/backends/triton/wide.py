@@ -60,6 +60,54 @@ def place(run, first, table, T, RUN, NC, PACKED: tl.constexpr):
 
 
 @triton.jit
+def block_of(program, heads, first, table, T, RUN, NC, BLOCKS, C: tl.constexpr, PACKED: tl.constexpr):
+    """(head, run, batch, row, first token of the run, its end, its line, first token) of a program's block of tokens.
+
+    Programs are runs * BLOCKS * heads. The block of a short run may begin at its end or past it.
+    """
+    head = program % heads
+    block = program // heads % BLOCKS
+    run = first + program // heads // BLOCKS
+    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
+    return head, run, batch, row, start, end, line, start + block * C
+
+
+@triton.jit
+def before_sub_run(t, start, line, run, first, SUB, G, group):
+    """(first token of t's sub-run, the slot of the state before it)."""
+    sub = start + (t - start) // SUB * SUB
+    return sub, ((line + sub - start) // SUB + run - first) * G + group
+
+
+@triton.jit
+def after_sub_run(t, start, end, line, run, first, SUB, G, group):
+    """(end of t's sub-run, the slot of the state after it, whether the run goes on)."""
+    sub_end = start + ((t - start) // SUB + 1) * SUB
+    slot = ((line + sub_end - start) // SUB + run - first) * G + group
+    goes_on = sub_end < end
+    return tl.minimum(sub_end, end), slot, goes_on
+
+
+@triton.jit
+def kept_before(boundaries, slot, has_local, HAS_DECAY: tl.constexpr):
+    """What the state before the run keeps up to a sub-run; ``has_local``: not its first."""
+    if HAS_DECAY:
+        return tl.exp(tl.load(boundaries + slot, mask=has_local, other=0.0)).to(tl.float32)
+    else:
+        return tl.full([], 1.0, tl.float32)
+
+
+@triton.jit
+def kept_after(boundaries, total, slot, has_local, HAS_DECAY: tl.constexpr):
+    """The same from a sub-run's end to the run's, of whose log decay ``total`` is the place."""
+    if HAS_DECAY:
+        until = tl.load(boundaries + slot, mask=has_local, other=0.0)
+        return tl.where(has_local, tl.exp(tl.load(total) - until).to(tl.float32), 1.0)
+    else:
+        return tl.full([], 1.0, tl.float32)
+
+
+@triton.jit
 def load_columns(
     base, stride, start, inside, at, W: tl.constexpr, C: tl.constexpr, X: tl.constexpr, ALIGNED: tl.constexpr
 ):
@@ -275,9 +323,7 @@ def merge_kernel(
     if sub >= end:
         return
     slot = ((line + sub - start) // SUB + run - first) * G + group
-    kept = tl.full([], 1.0, tl.float32)
-    if HAS_DECAY:
-        kept = tl.exp(tl.load(boundaries + slot, mask=block > 0, other=0.0)).to(tl.float32)
+    kept = kept_before(boundaries, slot, block > 0, HAS_DECAY)
     state = before + (run * G + group) * (S * (V + 1))
     e = tl.program_id(1) * E + tl.arange(0, E)
     local += slot * (S * V)
@@ -357,12 +403,10 @@ def readout_kernel(
     NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
     column = tl.program_id(0) % NV * VB
-    head = tl.program_id(0) // NV % H
-    block = tl.program_id(0) // NV // H % BLOCKS
-    run = first + tl.program_id(0) // NV // H // BLOCKS
+    head, run, batch, row, start, end, line, t = block_of(
+        tl.program_id(0) // NV, H, first, table, T, RUN, NC, BLOCKS, C, PACKED
+    )
     group = head // SHARE
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
     if t >= end:
         return
     query += whole_rows(batch * qb + head * qh, ALIGNED)
@@ -374,8 +418,7 @@ def readout_kernel(
     c = tl.arange(0, C)
     v = column + tl.arange(0, VB)
     queries = t + c < end
-    sub = start + (t - start) // SUB * SUB
-    slot = ((line + sub - start) // SUB + run - first) * G + group
+    sub, slot = before_sub_run(t, start, line, run, first, SUB, G, group)
     if HAS_DECAY:
         q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
 

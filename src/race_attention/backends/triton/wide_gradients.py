@@ -30,7 +30,21 @@ from .device import (
     store_rows,
     whole_rows,
 )
-from .wide import kernel, load_age, load_ages, load_between, load_columns, load_delta, place, weights
+from .wide import (
+    after_sub_run,
+    before_sub_run,
+    block_of,
+    kept_after,
+    kept_before,
+    kernel,
+    load_age,
+    load_ages,
+    load_between,
+    load_columns,
+    load_delta,
+    place,
+    weights,
+)
 
 
 @kernel
@@ -53,11 +67,9 @@ def value_gradient_kernel(
     NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
     column = tl.program_id(0) % NV * VB
-    group = tl.program_id(0) // NV % G
-    block = tl.program_id(0) // NV // G % BLOCKS
-    run = first + tl.program_id(0) // NV // G // BLOCKS
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
+    group, run, batch, row, start, end, line, t = block_of(
+        tl.program_id(0) // NV, G, first, table, T, RUN, NC, BLOCKS, C, PACKED
+    )
     if t >= end:
         return
     key_mask += batch * mb + group * mh
@@ -65,15 +77,10 @@ def value_gradient_kernel(
     c = tl.arange(0, C)
     v = column + tl.arange(0, VB)
     keys = t + c < end
-    sub_end = start + ((t - start) // SUB + 1) * SUB
-    slot = ((line + sub_end - start) // SUB + run - first) * G + group
-    has_local = sub_end < end
-    sub_end = tl.minimum(sub_end, end)
+    sub_end, slot, has_local = after_sub_run(t, start, end, line, run, first, SUB, G, group)
     state = after + (run * G + group) * (S * (V + 1))
-    kept = tl.full([], 1.0, tl.float32)
+    kept = kept_after(boundaries, totals + run * G + group, slot, has_local, HAS_DECAY)
     if HAS_DECAY:
-        until = tl.load(boundaries + slot, mask=has_local, other=0.0)
-        kept = tl.where(has_local, tl.exp(tl.load(totals + run * G + group) - until).to(tl.float32), 1.0)
         k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
         end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
 
@@ -158,12 +165,10 @@ def query_buckets_gradient_kernel(
     NT: tl.constexpr = SW // SB
     H = G * SHARE
     tile = tl.program_id(0) % NT
-    head = tl.program_id(0) // NT % H
-    block = tl.program_id(0) // NT // H % BLOCKS
-    run = first + tl.program_id(0) // NT // H // BLOCKS
+    head, run, batch, row, start, end, line, t = block_of(
+        tl.program_id(0) // NT, H, first, table, T, RUN, NC, BLOCKS, C, PACKED
+    )
     group = head // SHARE
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
     if t >= end:
         return
     value += whole_rows(batch * vb + group * vh, ALIGNED)
@@ -173,8 +178,7 @@ def query_buckets_gradient_kernel(
     c = tl.arange(0, C)
     s = tile * SB + tl.arange(0, SB)
     queries = t + c < end
-    sub = start + (t - start) // SUB * SUB
-    slot = ((line + sub - start) // SUB + run - first) * G + group
+    sub, slot = before_sub_run(t, start, line, run, first, SUB, G, group)
     state = before + (run * G + group) * (S * (V + 1))
     do = operand(load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED), PRECISION)
     query_at = (batch * H + head) * T + t + c
@@ -184,9 +188,8 @@ def query_buckets_gradient_kernel(
                        RESIDUAL)  # fmt: skip
     if tile == 0:
         tl.store(deltas + query_at, delta, mask=queries)
-    kept = tl.full([], 1.0, tl.float32)
+    kept = kept_before(boundaries, slot, sub > start, HAS_DECAY)
     if HAS_DECAY:
-        kept = tl.exp(tl.load(boundaries + slot, mask=sub > start, other=0.0)).to(tl.float32)
         q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
     d_phi = tl.zeros([C, SB], tl.float32)
     for at in tl.range(0, VP, FEW, num_stages=1):
@@ -235,11 +238,9 @@ def key_buckets_gradient_kernel(
     NT: tl.constexpr = SW // SB
     H = G * SHARE
     tile = tl.program_id(0) % NT
-    group = tl.program_id(0) // NT % G
-    block = tl.program_id(0) // NT // G % BLOCKS
-    run = first + tl.program_id(0) // NT // G // BLOCKS
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
+    group, run, batch, row, start, end, line, t = block_of(
+        tl.program_id(0) // NT, G, first, table, T, RUN, NC, BLOCKS, C, PACKED
+    )
     if t >= end:
         return
     value += whole_rows(batch * vb + group * vh, ALIGNED)
@@ -247,16 +248,11 @@ def key_buckets_gradient_kernel(
     c = tl.arange(0, C)
     s = tile * SB + tl.arange(0, SB)
     keys = t + c < end
-    sub_end = start + ((t - start) // SUB + 1) * SUB
-    slot = ((line + sub_end - start) // SUB + run - first) * G + group
-    has_local = sub_end < end
-    sub_end = tl.minimum(sub_end, end)
+    sub_end, slot, has_local = after_sub_run(t, start, end, line, run, first, SUB, G, group)
     state = after + (run * G + group) * (S * (V + 1))
     inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-    kept = tl.full([], 1.0, tl.float32)
+    kept = kept_after(boundaries, totals + run * G + group, slot, has_local, HAS_DECAY)
     if HAS_DECAY:
-        until = tl.load(boundaries + slot, mask=has_local, other=0.0)
-        kept = tl.where(has_local, tl.exp(tl.load(totals + run * G + group) - until).to(tl.float32), 1.0)
         k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
         end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
     d_phi = tl.zeros([C, SB], tl.float32)

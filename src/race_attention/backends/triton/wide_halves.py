@@ -32,7 +32,21 @@ from .device import (
     whole_rows,
 )
 from .narrow import corners_of, hashed, load_hash, unhashed
-from .wide import kernel, load_age, load_ages, load_between, load_columns, load_delta, place, weights
+from .wide import (
+    after_sub_run,
+    before_sub_run,
+    block_of,
+    kept_after,
+    kept_before,
+    kernel,
+    load_age,
+    load_ages,
+    load_between,
+    load_columns,
+    load_delta,
+    place,
+    weights,
+)
 from .wide_features import buckets_at, half_corners, halves_of, load_halves, side_logs
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -127,12 +141,10 @@ def query_gradient_kernel(
     [lines, H, N]. ``beta_parts`` [runs * blocks, H] are of beta.
     """
     H = G * SHARE
-    head = tl.program_id(0) % H
-    block = tl.program_id(0) // H % BLOCKS
-    run = first + tl.program_id(0) // H // BLOCKS
+    head, run, batch, row, start, end, line, t = block_of(
+        tl.program_id(0), H, first, table, T, RUN, NC, BLOCKS, C, PACKED
+    )
     group = head // SHARE
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
     if t >= end:
         return
     query += whole_rows(batch * qb + head * qh, ALIGNED)
@@ -144,8 +156,7 @@ def query_gradient_kernel(
     c = tl.arange(0, C)
     v = tl.arange(0, VP)
     queries = t + c < end
-    sub = start + (t - start) // SUB * SUB
-    slot = ((line + sub - start) // SUB + run - first) * G + group
+    sub, slot = before_sub_run(t, start, line, run, first, SUB, G, group)
     state = before + (run * G + group) * (S * (V + 1))
     local += slot * (S * V)
     local_mass += slot * S
@@ -157,9 +168,8 @@ def query_gradient_kernel(
                        RESIDUAL)  # fmt: skip
     tl.store(deltas + query_at, delta, mask=queries)
     inverse = scale
-    kept = tl.full([], 1.0, tl.float32)
+    kept = kept_before(boundaries, slot, sub > start, HAS_DECAY)
     if HAS_DECAY:
-        kept = tl.exp(tl.load(boundaries + slot, mask=sub > start, other=0.0)).to(tl.float32)
         q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
         scale *= tl.exp(q_whole + q_part)
 
@@ -219,11 +229,9 @@ def key_gradient_kernel(
     With decay also phi_k . grad phi_k, [lines, G]. The rest as :func:`query_gradient_kernel`.
     """
     H = G * SHARE
-    group = tl.program_id(0) % G
-    block = tl.program_id(0) // G % BLOCKS
-    run = first + tl.program_id(0) // G // BLOCKS
-    batch, row, start, end, last, line = place(run, first, table, T, RUN, NC, PACKED)
-    t = start + block * C
+    group, run, batch, row, start, end, line, t = block_of(
+        tl.program_id(0), G, first, table, T, RUN, NC, BLOCKS, C, PACKED
+    )
     if t >= end:
         return
     key += whole_rows(batch * kb + group * kh, ALIGNED)
@@ -233,19 +241,14 @@ def key_gradient_kernel(
     c = tl.arange(0, C)
     v = tl.arange(0, VP)
     keys = t + c < end
-    sub_end = start + ((t - start) // SUB + 1) * SUB
-    slot = ((line + sub_end - start) // SUB + run - first) * G + group
-    has_local = sub_end < end
-    sub_end = tl.minimum(sub_end, end)
+    sub_end, slot, has_local = after_sub_run(t, start, end, line, run, first, SUB, G, group)
     state = after + (run * G + group) * (S * (V + 1))
     local += slot * (S * V)
     local_mass += slot * S
     inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-    kept = tl.full([], 1.0, tl.float32)
+    kept = kept_after(boundaries, totals + run * G + group, slot, has_local, HAS_DECAY)
     left = tl.full([C], 1.0, tl.float32)
     if HAS_DECAY:
-        until = tl.load(boundaries + slot, mask=has_local, other=0.0)
-        kept = tl.where(has_local, tl.exp(tl.load(totals + run * G + group) - until).to(tl.float32), 1.0)
         k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
         end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
         left = tl.exp((end_whole - k_whole) + (end_part - k_part))
