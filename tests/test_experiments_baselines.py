@@ -336,3 +336,34 @@ def test_softmax_with_a_gate_keeps_its_state_and_with_a_convolution_none():
     torch.testing.assert_close(torch.cat((first, second), dim=1), mixer(x))
     with pytest.raises(ValueError, match="with conv_size"):
         mixer_of("softmax", True, conv_size=2)(x, return_state=True)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear", "performer", "sigmoid", "yoso", "angular"])
+def test_keys_of_another_size_than_values(name):
+    options = {"key_dim": 6, "rope": 100.0, "conv_size": 3, "qk_norm": True, "norm_gate": True}
+    mixer = make_mixer(name, 32, 2, causal=True, max_length=LENGTH, options=options)
+    x = torch.randn(2, LENGTH, 32)
+    query, key, value = mixer.project(x)
+    assert query.shape == key.shape == (2, LENGTH, 2, 6)
+    assert value.shape == (2, LENGTH, 2, 16)
+    assert torch.allclose(query.square().mean(-1), torch.ones(()), atol=1e-3)
+    assert mixer(x).shape == x.shape
+    with pytest.raises(ConfigError, match="key_dim: got 0"):
+        make_mixer(name, 32, 2, causal=True, max_length=LENGTH, options={"key_dim": 0})
+
+
+def test_what_is_tried_around_the_core_of_race():
+    def make(**options):
+        torch.manual_seed(1)
+        return make_mixer("race", 32, 2, causal=True, max_length=LENGTH, options={"tables": 2, "planes": 2} | options)
+
+    x = torch.randn(2, LENGTH, 32)
+    plain, contrast = make(), make(contrast=True)
+    assert torch.equal(make(wide_core=True)(x), plain(x))
+    assert not torch.allclose(make(qk_norm=True)(x), plain(x), atol=1e-3)
+    assert torch.equal(contrast(x), plain(x))  # nothing is taken off at first
+    torch.nn.init.ones_(contrast.contrast_bias)
+    mean = plain.v_proj(x).cumsum(1) / torch.arange(1, LENGTH + 1)[:, None]  # of the values seen
+    assert torch.allclose(contrast(x), plain(x) - plain.out_proj(mean), atol=1e-5)
+    with pytest.raises(ValueError, match="state: got one asked for"):
+        contrast(x, return_state=True)

@@ -25,8 +25,9 @@ class ProjectedMixer(nn.Module):
         conv_size: taps of a causal depthwise convolution on queries, keys and values; 0 for none.
         norm_gate: RMS norm of each head's output times silu of a linear function of the token.
         qk_norm: RMS norm of each head's queries and keys, before rotary positions.
+        key_dim: size of a head's queries and keys; default that of its values, E / H.
 
-    The last three are what RACE's mixer offers, so that methods are compared with the same surroundings.
+    The last four are what RACE's mixer offers, so that methods are compared with the same surroundings.
     """
 
     recurrent = False
@@ -46,34 +47,39 @@ class ProjectedMixer(nn.Module):
         conv_size: int = 0,
         norm_gate: bool = False,
         qk_norm: bool = False,
+        key_dim: int | None = None,
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads: got {heads}, allowed is a divisor of dim, {dim}")
         self.heads, self.head_dim = heads, dim // heads
         self.causal, self.max_length, self.seed, self.rope = causal, max_length, seed, rope
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        if key_dim is not None and key_dim < 1:
+            raise ValueError(f"key_dim: got {key_dim}, allowed is 1 or more")
+        self.key_dim = self.head_dim if key_dim is None else key_dim
+        self.widths = (heads * self.key_dim, heads * self.key_dim, dim)
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
         if conv_size and not causal:
             raise ValueError(f"conv_size: got {conv_size} with causal=False, allowed is 0 there")
         bound = max(conv_size, 1) ** -0.5  # as nn.Conv1d
-        weight = torch.empty(3 * dim, conv_size).uniform_(-bound, bound)
+        weight = torch.empty(sum(self.widths), conv_size).uniform_(-bound, bound)
         self.conv_weight = nn.Parameter(weight) if conv_size else None
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if norm_gate else None
         self.gate = nn.Linear(dim, dim, bias=False) if norm_gate else None
-        self.query_norm, self.key_norm = (nn.RMSNorm(self.head_dim, eps=1e-5) if qk_norm else None for _ in range(2))
+        self.query_norm, self.key_norm = (nn.RMSNorm(self.key_dim, eps=1e-5) if qk_norm else None for _ in range(2))
         # Tables, as usual: compiled code would work out a sine in float64 for each element of each batch.
-        cos, sin = (None, None) if rope is None else angles(self.head_dim, rope, 0, max_length, torch.device("cpu"))
+        cos, sin = (None, None) if rope is None else angles(self.key_dim, rope, 0, max_length, torch.device("cpu"))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, T, H, D] of x [B, T, E], the first token at position ``offset``."""
+        """Queries, keys [B, T, H, key_dim], values [B, T, H, D] of x [B, T, E], from position ``offset`` on."""
         channels = self.qkv(x)
         if self.conv_weight is not None:
             before = self.conv_weight.shape[1] - 1
             channels = convolve(F.pad(channels, (0, 0, before, 0)), self.conv_weight.to(channels.dtype))
-        query, key, value = channels.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in channels.split(self.widths, dim=-1))
         query, key = normed(query, self.query_norm), normed(key, self.key_norm)
         if self.rope is None:
             return query, key, value

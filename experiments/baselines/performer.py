@@ -41,7 +41,7 @@ class PerformerMixer(ProjectedMixer):
         if features < 1:
             raise ValueError(f"features: got {features}, allowed is 1 or more")
         self.eps = eps
-        self.register_buffer("projection", orthogonal_gaussian(features, self.head_dim, seed))
+        self.register_buffer("projection", orthogonal_gaussian(features, self.key_dim, seed))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
         query_features = self.features(query, over=(-1,))
@@ -54,7 +54,7 @@ class PerformerMixer(ProjectedMixer):
     def features(self, x: Tensor, over: tuple[int, ...] | None, mask: Tensor | None = None) -> Tensor:
         """[B, T, H, D] -> [B, T, H, m], up to a factor that is constant over the dimensions ``over``, if any."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.head_dim**-0.25
+            x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.key_dim**-0.25
             exponent = x @ self.projection.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
             if over is not None:
                 seen = exponent if mask is None else exponent.masked_fill(~mask[:, :, None, None], -1e30)

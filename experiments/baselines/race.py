@@ -70,7 +70,7 @@ class RaceMixer(RaceAttention):
         if self.contrast_bias is None:
             return out
         # A query of zeros lies in all buckets alike, so that it sees the keys equally, but for their decay.
-        keywords["hyperplanes"] = keywords["hyperplanes"][:, :1, :1].detach()
+        keywords |= {"hyperplanes": keywords["hyperplanes"][:, :1, :1].detach(), "beta": keywords["beta"].detach()}
         mean = super()._attend(torch.zeros_like(query), key.detach(), value, **keywords)
         return out - self.contrast_bias.to(out.dtype) * mean
 

@@ -19,7 +19,7 @@ class SigmoidMixer(ProjectedMixer):
     """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-        scores = torch.einsum("bthd,bshd->bhts", query, key) * self.head_dim**-0.5
+        scores = torch.einsum("bthd,bshd->bhts", query, key) * self.key_dim**-0.5
         if self.causal:
             scores = scores - math.log(self.max_length)
         elif key_mask is None:

@@ -59,7 +59,7 @@ class YosoMixer(ProjectedMixer):
 
     def sampled(self, query: Tensor, key: Tensor) -> Tensor:
         """Share of the hashes in which they agree, [B, H, T, T]; new hashes each call, from torch's generator."""
-        planes = torch.randn(self.hashes, self.tau, self.head_dim, device=query.device, dtype=torch.float32)
+        planes = torch.randn(self.hashes, self.tau, self.key_dim, device=query.device, dtype=torch.float32)
         bits = 2 ** torch.arange(self.tau, device=query.device)
         shares: Tensor | float = 0.0
         for plane in planes:
