@@ -180,7 +180,7 @@ def test_captured_graphs() -> None:
                     step()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):  # without one it takes a stream of the first device for all
                 captured = step()
         for x in captured:
             x.detach().zero_()
