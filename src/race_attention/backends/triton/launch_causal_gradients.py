@@ -107,7 +107,7 @@ def _query_gradients(
     dq, deltas = torch.empty_like(p.query, memory_format=torch.contiguous_format), torch.empty_like(p.inverses)
     masses, of_beta = p.new(blocks.count, p.heads, p.shape.row), p.new(blocks.count, p.heads)
     need_planes = parts[0].numel() > 0
-    grad_hashes = _rows(p, p.queries, p.heads, seen.dtype) if need_planes else seen
+    grad_hashes = _rows(p, p.queries, p.heads, torch.float32) if need_planes else seen
     if runs.count * p.heads:
         start(
             causal_gradients.query_gradient_kernel, (runs.count * blocks.per_run * p.heads,),
@@ -193,7 +193,7 @@ def _key_gradients(
     of_keys = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
     of_beta = p.new(blocks.count, p.groups)
     need_planes = parts[0].numel() > 0
-    grad_hashes = _rows(p, p.keys, p.groups, seen.dtype) if need_planes else seen
+    grad_hashes = _rows(p, p.keys, p.groups, torch.float32) if need_planes else seen
     if runs.count * p.groups:
         start(
             causal_gradients.key_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
