@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from benchmarks.gpu import RESULTS, context
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("test_triton*.py", "test_streaming_gpu.py", "test_nonfinite.py")
-_OUTCOME = re.compile(r"(?:\[gw\d+\] \[[ \d]+%\] )?(PASSED|FAILED|SKIPPED|ERROR) (tests/\S+::\S.*)")
+_OUTCOME = re.compile(r"(?:\[gw\d+\] \[[ \d]+%\] )?(PASSED|FAILED|SKIPPED|ERROR) (tests/\S+::\S.*?)(?: - .*)?")
 _SUMMARY = re.compile(r"(?:FAILED|ERROR) (tests/\S+::\S.*?) - (.*)")
 
 
@@ -30,9 +31,10 @@ def run(tests: list[str], workers: int, seconds: float, log: Path) -> list[str]:
     """The lines that pytest prints, also written to ``log`` as they come."""
     command = [sys.executable, "-m", "pytest", "-v", "-n", str(workers), "-p", "no:cacheprovider", "--tb=short", "-rfE"]
     end, lines = time.monotonic() + seconds, []
+    wide = os.environ | {"COLUMNS": "300"}  # or the reasons are cut off
     with (
         log.open("w", encoding="utf-8") as written,
-        subprocess.Popen([*command, *tests], cwd=ROOT, stdout=subprocess.PIPE, text=True) as running,
+        subprocess.Popen([*command, *tests], cwd=ROOT, env=wide, stdout=subprocess.PIPE, text=True) as running,
     ):
         assert running.stdout is not None
         for line in running.stdout:
