@@ -129,8 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--cases", nargs="*", default=None, help="of SHAPES and tests/helpers.py; else all")
     given = parser.parse_args()
     names = [name for name in (*SHAPES, *LONG_CASES, *CASES) if not name.endswith("-bucket")]  # the longest first
+    names = [name for name in names if given.cases is None or name in given.cases]
     jobs = [(name, dtype, False) for dtype in DTYPES for name in names]
     jobs += [(name, DTYPES[0], True) for name in names if name not in SHAPES]
     machine = context()

@@ -1,8 +1,10 @@
 """Every GPU kernel under compute-sanitizer, once a dtype and option, on shapes of a few blocks.
 
     python -m benchmarks.gpu_sanitize [--tools memcheck racecheck synccheck initcheck] [--workers 14] [--seconds 170]
+    python -m benchmarks.gpu_sanitize --rest-of FILE     # what FILE does not have clean; its clean rows are taken over
 
-Writes a result file: of each tool and case how it ended, the tool's summary and reports, and the kernels that ran.
+Writes a result file: of each tool and case how it ended, the tool's summary and reports, at which commit, and the
+kernels that ran.
 initcheck knows nothing of memory that torch's caching allocator gives out again, so that allocator is off there.
 Exit status 1 where something was reported, or did not end. Kernels are compiled before, without a tool.
 """
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from experiments.report import commit
 
 TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")  # the slowest first
 #: Calls of a case. The first two run the host code; the fifth is forward and backward a recording's replay.
@@ -122,7 +126,7 @@ def sanitized(tool: str | None, name: str, dtypes: tuple[str, ...], seconds: flo
     command = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--here", name, "--dtypes", *dtypes]
     command += ["--repeats", str(REPEATS.get(tool or "", 1))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    row: dict[str, Any] = {"part": tool or "no tool", "case": name}
+    row: dict[str, Any] = {"part": tool or "no tool", "case": name, "commit": (commit() or "")[:9]}
     if dtypes != DTYPES:
         row["dtypes"] = list(dtypes)
     with tempfile.TemporaryDirectory() as folder:
@@ -169,6 +173,10 @@ def jobs_of(tools: list[str], cases: list[str], dtypes: tuple[str, ...]) -> list
     return slow + [(tool, name, dtypes) for tool, name in rest if tool != "racecheck" or name not in apart]
 
 
+def key_of(tool: str | None, case: str, dtypes: tuple[str, ...]) -> tuple[str | None, str, tuple[str, ...]]:
+    return tool, case, tuple(sorted(dtypes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="*", choices=TOOLS, default=list(TOOLS))
@@ -176,6 +184,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seconds", type=float, default=170.0, help="of the whole; what runs then is ended")
+    parser.add_argument("--rest-of", type=Path, default=None, help="a result file")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--here", default=None, help="one case in this process")
     parser.add_argument("--repeats", type=int, default=1, help="calls of that case")
@@ -190,6 +199,12 @@ def main() -> None:
     title = f"Triton backend on one {machine['gpu']} under compute-sanitizer"
     end, rows = time.monotonic() + given.seconds, []
     kernels: set[str] = set()
+    if given.rest_of:
+        before = json.loads(given.rest_of.read_text(encoding="utf-8"))
+        of_before = {"commit": (before["context"]["commit"] or "")[:9]}
+        rows = [of_before | row for row in before["rows"] if row["clean"] and row["part"] != "no tool"]
+        kernels.update(before["kernels"])
+    done = {key_of(row["part"], row["case"], tuple(row.get("dtypes", DTYPES))) for row in rows}
     with ThreadPoolExecutor(given.workers) as pool:
 
         def noted(job: Job) -> dict[str, Any]:
@@ -206,8 +221,9 @@ def main() -> None:
             return row
 
         dtypes = tuple(given.dtypes)
-        list(pool.map(noted, [(None, name, dtypes) for name in given.cases]))
-        found = list(pool.map(noted, jobs_of(given.tools, given.cases, dtypes)))
+        jobs = [job for job in jobs_of(given.tools, given.cases, dtypes) if key_of(*job) not in done]
+        list(pool.map(noted, [(None, name, dtypes) for name in given.cases if name in {job[1] for job in jobs}]))
+        found = list(pool.map(noted, jobs))
     sys.exit(not all(row["clean"] for row in found))
 
 
