@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for checkpoints")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="of each run; then it waits to be resumed")
     parser.add_argument("--fresh", action="store_true", help="runs again what has a result")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
         rows = read_rows(given.config, given.overrides)
         for row in given.row or rows:

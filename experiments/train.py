@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", help="folder of local data sets")
     parser.add_argument("--resume", action="store_true", help="continue the run in the folder 'out'")
     parser.add_argument("--fresh", action="store_true", help="replace the run in the folder 'out'")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     overrides = list(given.overrides)
     if given.config and "=" in given.config:
         overrides.insert(0, given.config)

@@ -350,7 +350,7 @@ def test_command_lines(data, tmp_path, capsys):
     common = ["--data-dir", str(data), "--device", "cpu", "--results", str(tmp_path / "res")]
     work = ["--work", str(tmp_path / "work")]
     main([str(file), *common, *work, "--seed", "0", "--seed", "1"])
-    main([str(file), *common, *work, "--row", "softmax"])
+    main([str(file), *common, *work, "--row", "softmax", "epochs=1"])  # overrides may come last
     assert "softmax/seed-0.json: done before" in capsys.readouterr().out
     (tmp_path / "res/t/paper.json").write_text('{"softmax": 82.1}')
     tables_main(["--results", str(tmp_path / "res"), "--plots", str(tmp_path / "plots")])
