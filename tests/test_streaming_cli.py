@@ -51,6 +51,15 @@ def test_checksums_do_not_depend_on_the_segment(options: tuple[str, ...]) -> Non
         assert_same_checksums(found["checksums"], expected["checksums"], 3e-6)
 
 
+def test_places_that_are_none_are_named(tmp_path: Path) -> None:
+    """Not by a traceback: a device that torch does not know, a journal where a file is in the way."""
+    (tmp_path / "file").touch()
+    for options in (("--keep-on", "nowhere"), ("--journal", str(tmp_path / "file" / "journal"))):
+        result = CliRunner().invoke(app, ["stream", *SMALL, "--tokens", "100", *options], catch_exceptions=False)
+        assert result.exit_code == 2
+        assert options[0][2:] in result.stderr
+
+
 def test_forward_alone_and_dtypes() -> None:
     assert set(run("--tokens", "500", "--no-backward")["checksums"]) == {"out"}
     wide = run("--tokens", "500", "--dtype", "float64")["checksums"]

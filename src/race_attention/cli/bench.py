@@ -102,7 +102,7 @@ def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
     return 2 * size / statistics.median(measure(lambda: target.copy_(source), 7, device))
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, option: str = "device") -> torch.device:
     """The device of that name, where torch can use it; the GPU, or else the CPU, if none was named."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +110,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's builds without CUDA assert
-        raise typer.BadParameter(f"device: got {name!r}, which torch cannot use here: {error}") from None
+        raise typer.BadParameter(f"{option}: got {name!r}, which torch cannot use here: {error}") from None
     return device
 
 

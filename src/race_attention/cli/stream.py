@@ -65,6 +65,8 @@ def command(
     rounding.
     """
     place = _device(device)
+    if keep_on is not None:
+        _device(keep_on, "keep-on")
     if place.type == "cpu":
         keep_freed_memory()
     kind = getattr(torch, dtype.value)
@@ -85,6 +87,10 @@ def command(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
+    except OSError as error:
+        if journal is None:
+            raise
+        raise typer.BadParameter(f"journal: got {str(journal)!r}, which cannot be written: {error}") from None
     result = {
         "device": _name(place),
         "backend": served,
