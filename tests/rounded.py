@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from race_attention import testing
+from race_attention.backends import reference
+from race_attention.features import bucket_weights
 
 #: Soft buckets and outputs, kept in the inputs' dtype, are off by such a part: products of factors by some roundings.
 KEPT = {torch.float64: 2.0**-51, torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
@@ -20,7 +22,7 @@ SUMS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-
 
 @contextlib.contextmanager
 def arithmetic(dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Within it the oracle's numbers are off by random parts of their size, as ``dtype`` rounds.
+    """Within it the numbers of the oracle, and of the reference in float64, are off as ``dtype`` rounds, at random.
 
     Soft buckets and outputs move by at most KEPT, the numbers of a projection and soft signs by SUMS. Gradients go
     back by what was rounded.
@@ -42,7 +44,16 @@ def arithmetic(dtype: torch.dtype, seed: int) -> Iterator[None]:
     def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
         return _Quotient.apply(numerator, denominator, noise(numerator, KEPT[dtype]))
 
+    def weights(*arguments: Tensor) -> Tensor:
+        exact = bucket_weights(*arguments)
+        return exact * noise(exact, KEPT[dtype])
+
+    def over(numerator: Tensor, denominator: Tensor, least: Any = None) -> Tensor:
+        return divide(numerator, denominator)
+
     with (
+        mock.patch.object(reference, "bucket_weights", weights),
+        mock.patch.object(reference, "_over", over),
         mock.patch.object(testing, "_side_probabilities", sides),
         mock.patch.object(testing, "_divide", divide),
     ):
