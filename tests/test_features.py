@@ -140,6 +140,7 @@ def test_seeds_heads_and_tables_differ():
         ({"dim": 0}, ValueError, "dim: got 0, allowed is 1 or more"),
         ({"planes": 2.0}, TypeError, "planes: got 2.0, allowed is an integer"),
         ({"heads": True}, TypeError, "heads: got True, allowed is an integer"),
+        ({"seed": "a"}, TypeError, "seed: got 'a', allowed is an integer"),
         ({"dtype": torch.int32}, TypeError, "dtype: got torch.int32, allowed is a floating dtype"),
     ],
 )

@@ -713,6 +713,12 @@ def test_repr_shows_the_settings():
         ({"rope": 100.0, "head_dim": 5}, ValueError, r"rope: got 100.0 with head_dim = 5, allowed is an even head_dim"),
         ({"rope": -1.0, "head_dim": 4}, ValueError, r"rope: got -1.0, allowed is in \(0, inf\)"),
         ({"embed_dim": "12"}, TypeError, r"embed_dim: got '12', allowed is an integer"),
+        ({"causal": 1}, TypeError, r"causal: got 1, allowed is a bool"),
+        ({"norm_gate": "silu"}, TypeError, r"norm_gate: got 'silu', allowed is a bool"),
+        ({"hyperplanes_per_head": None}, TypeError, r"hyperplanes_per_head: got None, allowed is a bool"),
+        ({"seed": "a"}, TypeError, r"seed: got 'a', allowed is an integer"),
+        ({"seed": 2**64}, ValueError, r"seed: got \d+, allowed is -\d+ to \d+"),
+        ({"dtype": torch.int32}, TypeError, r"dtype: got torch.int32, allowed is a floating dtype"),
     ],
 )  # fmt: skip
 def test_bad_constructor_arguments(change, error, message):
@@ -727,6 +733,8 @@ def bools(*shape):
 FORWARD_ERRORS = [
     ("plain", True, {"x": torch.zeros(2, 11, 13)}, ValueError, r"x: got shape \[2, 11, 13\], allowed is \[B, T, 12\]"),
     ("plain", True, {"x": torch.zeros(11, 12)}, ValueError, r"x: got shape \[11, 12\], allowed is \[B, T, 12\]"),
+    ("plain", True, {"x": torch.zeros(2, 11, 12).int()}, TypeError, r"x: got torch.int32, allowed is a floating dtype"),
+    ("plain", True, {"x": [0.0]}, TypeError, r"x: got list, allowed is a Tensor"),
     ("plain", False, {"context": torch.zeros(2, 5, 3)}, ValueError, r"context: got shape \[2, 5, 3\], allowed is \[B"),
     ("plain", False, {"context": torch.zeros(3, 5, 12)}, ValueError, r"context: got batch 3, allowed is .* 2"),
     ("plain", True, {"context": torch.zeros(2, 5, 12)}, ValueError, r"context: got a tensor with a causal layer"),
@@ -756,6 +764,9 @@ def test_state_of_another_layer_is_refused():
     for name in ("all", "convolution", "grouped"):
         with pytest.raises(ValueError, match=r"state: got .* allowed is"):
             make(name)(tokens(), state=plain)
+    _, convolved = make("convolution")(tokens(), return_state=True)
+    with pytest.raises(ValueError, match=r"state: got conv .* allowed is None"):
+        make("plain")(tokens(), state=convolved)
     with pytest.raises(ValueError, match=r"initial_state: got .* allowed is \[3, "):
         make("plain")(tokens(batch=3), state=plain)
 
@@ -802,3 +813,10 @@ def test_preset_of_a_subclass_is_of_that_class():
         pass
 
     assert type(Mine.for_language_models(16, 2)) is Mine
+
+
+def test_no_row_of_a_state_can_be_selected():
+    """All beams of a batch have ended; a list of no rows is no list of integers to torch."""
+    _, state = make("all")(tokens(), return_state=True)
+    for rows in ([], torch.tensor([], dtype=torch.int64), [False, False]):
+        assert state.select(rows).core.batch == state.select(rows).position.shape[0] == 0

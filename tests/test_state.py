@@ -63,6 +63,10 @@ def test_zeros_are_neutral():
     assert close(a + nothing, a)
     assert nothing.dtype == FLOAT64
     assert RaceState.zeros(1, 1, 1, 1, 1, dtype=torch.float32, device="cpu").dtype == torch.float32
+    with pytest.raises(ValueError, match="batch: got -1, allowed is 0 or more"):
+        RaceState.zeros(-1, 2, 2, 2, 5)
+    with pytest.raises(TypeError, match=r"planes: got 2\.0, allowed is an integer"):
+        RaceState.zeros(1, 2, 2, 2.0, 5)
 
 
 def test_merged_runs_are_the_run_of_both():

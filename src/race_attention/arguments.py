@@ -18,6 +18,21 @@ def size(name: str, given: int, least: int = 1, most: int | None = None) -> int:
     return given
 
 
+#: What torch's generators take.
+SEEDS = -(2**63), 2**64 - 1
+
+
+def flag(name: str, given: bool) -> bool:
+    """``given``, a bool and nothing that passes for one.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(given, bool):
+        raise TypeError(f"{name}: got {given!r}, allowed is a bool")
+    return given
+
+
 def number(name: str, given: float, least: float, most: float, ends: Literal["[]", "(]", "[)", "()"] = "(]") -> float:
     """``given`` as a float between ``least`` and ``most``; ``ends`` says which of the two it may be. Never NaN.
 

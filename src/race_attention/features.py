@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import size
+from .arguments import SEEDS, size
 
 #: Soft signs are (1 - FLOOR) * tanh(...), so no bucket is ever empty and no denominator zero.
 FLOOR = 2.0**-13
@@ -49,6 +49,7 @@ def sample_hyperplanes(
     """
     for name, given in (("heads", heads), ("tables", tables), ("planes", planes), ("dim", dim)):
         size(name, given)
+    size("seed", seed, *SEEDS)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
     generator = torch.Generator(device="cpu").manual_seed(seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import flag
 from .state import RaceState
 
 MAX_BETA = 1e4
@@ -31,9 +32,8 @@ def check_forms(
     readout: str,
 ) -> None:
     """Checks all but the values of tensors."""
-    for name, flag in (("causal", causal), ("return_state", return_state)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: got {flag!r}, allowed is a bool")
+    flag("causal", causal)
+    flag("return_state", return_state)
     if readout not in ("global", "bucket"):
         raise ValueError(f"readout: got {readout!r}, allowed is 'global' or 'bucket'")
     _check_tokens(query, key, value, causal)

@@ -17,7 +17,13 @@ def check_inputs(
 ) -> None:
     """Raises ValueError or TypeError naming the argument, what was given and what is allowed."""
     for name, tokens in (("x", x), ("context", context)):
-        if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != embed_dim):
+        if tokens is None and name == "context":
+            continue
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"{name}: got {type(tokens).__name__}, allowed is a Tensor")
+        if not tokens.is_floating_point():
+            raise TypeError(f"{name}: got {tokens.dtype}, allowed is a floating dtype")
+        if tokens.ndim != 3 or tokens.shape[-1] != embed_dim:
             raise ValueError(f"{name}: got shape {list(tokens.shape)}, allowed is [B, T, {embed_dim}]")
     if context is not None:
         if causal or cu_seqlens is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state import RaceState, read_safetensors, write_atomically
+from .state import RaceState, read_safetensors, row_index, write_atomically
 
 _FORMAT = "race_attention.RaceAttentionState.1"
 
@@ -39,7 +39,7 @@ class RaceAttentionState:
 
     def select(self, rows: Tensor | Sequence[int]) -> RaceAttentionState:
         """The given rows, as :meth:`RaceState.select`: for beam search."""
-        index = torch.as_tensor(rows, device=self.position.device)
+        index = row_index(rows, self.position.device)
         return self._map(lambda state: state.select(index), lambda x: x[index])
 
     def to(self, *args: Any, **kwargs: Any) -> RaceAttentionState:

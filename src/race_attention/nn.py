@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import number, size
+from .arguments import SEEDS, flag, number, size
 from .attention import race_attention
 from .convolution import causal as causal_convolution
 from .convolution import centred as centred_convolution
@@ -110,10 +110,15 @@ class RaceAttention(nn.Module):
         self.value_dim = size("value_dim", self.head_dim if value_dim is None else value_dim)
         self.tables, self.planes = size("tables", tables), size("planes", planes, most=MAX_PLANES)
         self.beta_start = number("beta", beta, 0.0, MAX_BETA)
-        self.learn_beta, self.learn_hyperplanes = learn_beta, learn_hyperplanes
-        self.hyperplanes_per_head, self.orthogonal = hyperplanes_per_head, orthogonal
+        self.learn_beta, self.learn_hyperplanes = (
+            flag("learn_beta", learn_beta),
+            flag("learn_hyperplanes", learn_hyperplanes),
+        )
+        self.hyperplanes_per_head = flag("hyperplanes_per_head", hyperplanes_per_head)
+        self.orthogonal = flag("orthogonal", orthogonal)
         self.scale = check_scale(self.head_dim**-0.5 if scale is None else scale)
-        self.causal, self.conv_size, self.norm_gate = causal, size("conv_size", conv_size, least=0), norm_gate
+        self.causal, self.norm_gate = flag("causal", causal), flag("norm_gate", norm_gate)
+        self.conv_size = size("conv_size", conv_size, least=0)
         self.decay = check_decay(decay, causal)
         self.dropout = number("dropout", dropout, 0.0, 1.0, "[)")
         self.rope = None if rope is None else number("rope", rope, 0.0, math.inf, "()")
@@ -121,8 +126,10 @@ class RaceAttention(nn.Module):
             raise ValueError(f"rope: got {rope} with head_dim = {self.head_dim}, allowed is an even head_dim")
         if readout not in ("global", "bucket"):
             raise ValueError(f"readout: got {readout!r}, allowed are 'global', 'bucket'")
-        self.readout, self.seed = readout, seed
-        self._make_parameters(bias, {"device": device, "dtype": dtype})
+        self.readout, self.seed = readout, size("seed", seed, *SEEDS)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
+        self._make_parameters(flag("bias", bias), {"device": device, "dtype": dtype})
         self.reset_parameters()
 
     @classmethod
@@ -374,10 +381,12 @@ class RaceAttention(nn.Module):
             return
         if not isinstance(state, RaceAttentionState):
             raise TypeError(f"state: got {type(state).__name__}, allowed is RaceAttentionState")
-        allowed = (self.conv_size - 1, sum(self._widths))
-        if self.conv_size > 1 and (state.conv is None or state.conv.shape[1:] != allowed):
-            given = None if state.conv is None else list(state.conv.shape)
+        given = None if state.conv is None else list(state.conv.shape)
+        allowed = [self.conv_size - 1, sum(self._widths)]
+        if self.conv_size > 1 and (given is None or given[1:] != allowed):
             raise ValueError(f"state: got conv {given}, allowed is [B, {allowed[0]}, {allowed[1]}]")
+        if not self.conv_size and given is not None:
+            raise ValueError(f"state: got conv {given}, of another layer, allowed is None: this one has no convolution")
 
     def extra_repr(self) -> str:
         """The settings that are not seen in the submodules."""

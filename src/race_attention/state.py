@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .arguments import size
 from .features import FLOOR
 
 _FORMAT = "race_attention.RaceState.1"
@@ -21,6 +22,20 @@ _FORMAT = "race_attention.RaceState.1"
 def state_dtype(device: torch.device) -> torch.dtype:
     """float64, in which 2**27 tokens still count; float32 on devices that have no float64 (mps)."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def row_index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """Rows to select: [n] integers, or [B] booleans; none at all of an empty list.
+
+    Raises:
+        TypeError: neither.
+    """
+    index = torch.as_tensor(rows, device=device)
+    if index.numel() == 0 and index.dtype != torch.bool:
+        index = index.long()
+    if index.ndim != 1 or index.is_floating_point() or index.is_complex():
+        raise TypeError(f"rows: got {index.dtype} of shape {list(index.shape)}, allowed is [n] integers or [B] bool")
+    return index
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +97,15 @@ class RaceState:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> RaceState:
-        """The state of no tokens, neutral in ``+``: B, G, L, P and Dv give the shape (R = 2**P)."""
+        """The state of no tokens, neutral in ``+``: B, G, L, P and Dv give the shape (R = 2**P).
+
+        Raises:
+            TypeError, ValueError: a size that is none.
+        """
+        size("batch", batch, least=0)
+        sizes = {"heads": heads, "tables": tables, "planes": planes, "value_dim": value_dim}
+        for name, given in sizes.items():
+            size(name, given)
         device = torch.device(device) if device is not None else torch.get_default_device()
         dtype = dtype or state_dtype(device)
         mass = torch.zeros(batch, heads, tables, 2**planes, dtype=dtype, device=device)
@@ -164,13 +187,7 @@ class RaceState:
         Raises:
             IndexError: a row does not exist.
         """
-        index = torch.as_tensor(rows, device=self.device)
-        if index.numel() == 0 and index.dtype != torch.bool:
-            index = index.long()
-        if index.ndim != 1 or index.is_floating_point() or index.is_complex():
-            raise TypeError(
-                f"rows: got {index.dtype} of shape {list(index.shape)}, allowed is [n] integers or [B] bool"
-            )
+        index = row_index(rows, self.device)
         return self._map(lambda x: x[index])
 
     def save(

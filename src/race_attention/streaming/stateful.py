@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from race_attention.nn import RaceAttention
+from race_attention.state import row_index
 
 from . import trees
 
@@ -141,7 +142,7 @@ class ModelState:
         def chosen(state: Any) -> Any:
             if hasattr(state, "select") and not isinstance(state, Tensor):
                 return state.select(rows)
-            return trees.tree_map(lambda x: x[torch.as_tensor(rows, device=x.device)], state)
+            return trees.tree_map(lambda x: x[row_index(rows, x.device)], state)
 
         return ModelState({name: [chosen(state) for state in states] for name, states in self.modules.items()})
 
