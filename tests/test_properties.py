@@ -217,12 +217,15 @@ def test_nothing_and_one(backend, dtype, causal, shape):
 
 @ALL
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("decay", [None, "head", "token"])
 @pytest.mark.parametrize("shape", [{"tokens": 0}, {"lengths": ()}, {"lengths": (0, 0)}], ids=str)
-def test_without_tokens_there_is_still_a_way_back(backend, dtype, causal, shape):
+def test_without_tokens_there_is_still_a_way_back(backend, dtype, causal, decay, shape):
     """A batch that happens to be empty does not end a training loop: whichever input alone wants a gradient."""
     skip_unless_runnable(backend)
-    for name in ("query", "key", "value", "hyperplanes", "beta"):
-        inputs = make_inputs(**shape, causal=causal, dtype=dtype, device=backend.device)
+    if decay and not causal:
+        pytest.skip("decay is for causal calls")
+    for name in ("query", "key", "value", "hyperplanes", "beta", *(["log_decay"] if decay else [])):
+        inputs = make_inputs(**shape, causal=causal, decay=decay, dtype=dtype, device=backend.device)
         inputs[name].requires_grad_()
         out, state = race_attention(**inputs, return_state=True, backend=backend.name)
         (out.double().sum() + state.value_sum.sum()).backward()

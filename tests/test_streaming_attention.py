@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"tokens": 31, "dim": 5, "value_dim": 7},
     "full-all": {"tokens": 17, "masked": 0.2, "mask_per_head": True, "initial_state": True, "heads": 4, "kv_heads": 2},
     "bucket": {"causal": True, "tokens": 15, "readout": "bucket"},
+    "number": {"causal": True, "tokens": 15, "beta": 1.3},  # which no float32 is
 }
 SEGMENTS: tuple[Any, ...] = (1, 4, "uneven", 1000)
 TOKENS = ("query", "key", "value", "log_decay", "key_mask")

@@ -99,6 +99,8 @@ def scan(states: Tensor, total_decay: Tensor | None, initial: Tensor, grid: _Gri
 
     total_decay: [K, G], the log_decay of a whole chunk. No state is found by subtraction: it would cancel.
     """
+    if not states.shape[0]:  # no tokens: results still hang on them, so that there is something to go back through
+        initial = initial + states.sum(0)
     factor = None if total_decay is None else total_decay.exp()[..., None, None].to(states.dtype)
     return grid.scan(states, factor, initial)
 
@@ -298,8 +300,6 @@ class _PackedGrid:
 
     def scan(self, states: Tensor, factor: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
         before, final, chunk = [], [], 0
-        if not states.shape[0]:  # no tokens: results still hang on them, so that there is something to go back through
-            initial = initial + states.sum(0)
         for row, chunks in enumerate(self.rows):
             state = initial[row]
             for _ in range(chunks):

@@ -68,11 +68,9 @@ class Adjoint:
         core = self.core
         if not self.parameters:
             device = core.hyperplanes.device
-            wide = torch.float64 if core.hyperplanes.dtype == torch.float64 else torch.float32
             self.parameters["hyperplanes"] = core.hyperplanes
-            self.parameters["beta"] = torch.as_tensor(core.beta, dtype=None, device=device)
-            if not isinstance(core.beta, Tensor):
-                self.parameters["beta"] = self.parameters["beta"].to(wide)
+            wide = None if isinstance(core.beta, Tensor) else state_dtype(device)  # float32 holds no 1.3
+            self.parameters["beta"] = torch.as_tensor(core.beta, dtype=wide, device=device)
             if core.log_decay is not None:
                 self.parameters["log_decay"] = core.log_decay
             for name, x in self.parameters.items():
