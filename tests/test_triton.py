@@ -79,6 +79,18 @@ def _small(**options: Any) -> dict[str, Any]:
     return {name: x for name, x in made.items() if name != "return_state"}
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("planes", "tables"), [(3, 2), (7, 1)])
+def test_large_betas_keep_the_digits_of_small_projections(causal: bool, planes: int, tables: int) -> None:
+    """beta multiplies the error of tanh: 1 - 2r with r near a half is good to 2**-24, and 1e4 times that is not."""
+    inputs = make_inputs(
+        batch=1, tokens=33, heads=1, planes=planes, tables=tables, causal=causal, scale=1e-4, device=DEVICE,
+        requires_grad=True, seed=2,
+    )  # fmt: skip
+    inputs["beta"] = (1e4 * inputs["beta"] / 2).detach().requires_grad_()
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), by_oracle(inputs), FLOAT32)
+
+
 def test_repeats_are_equal_to_the_bit() -> None:
     inputs = make_inputs(**CASES["causal-decay-token"], dtype=FLOAT32, device=DEVICE, requires_grad=True, seed=1)
     first = evaluate(whole, inputs, backend="triton")

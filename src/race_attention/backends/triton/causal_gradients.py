@@ -160,7 +160,7 @@ def projection_gradients(
     else:
         both = dot(operand(dphi_phi, PRECISION), choice, PRECISION)
     of_up, of_down = tl.split(tl.permute(tl.reshape(both, [C, 2, N]), (0, 2, 1)))
-    return side_gradients(of_up, of_down, y, beta)
+    return side_gradients(of_up, of_down, y, beta, PRECISION)
 
 
 @triton.jit

@@ -274,18 +274,30 @@ def sum_of(x, choice, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def sides(y, beta):
+def tanh_of(y, r):
+    """tanh(y) in float32 to the last digits, from r = (1 - tanh(y)) / 2: near 0 that cancels, and a series serves."""
+    z = y * y
+    series = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    return tl.where(z < 0.390625, y + y * z * (series * z - 3.33332819422e-1), 1.0 - 2.0 * r)
+
+
+@triton.jit
+def sides(y, beta, PRECISION: tl.constexpr):
     """(r, 1 - r, e) of a projection y: tanh(y) = 1 - 2r, and the odds of the -1 side e = exp(-2 beta tanh(y)).
 
     The factor of a side is f+- = (1 - F) sigmoid(+-z) + F/2 with z = 2 beta tanh(y), so
 
         f+ = (1 - F/2 + (F/2) e) / (1 + e)        f- = ((1 - F/2) e + F/2) / (1 + e)
 
-    without cancellation at either end; past odds of 2**40 both are constant. NaN stays NaN.
+    without cancellation at either end; past odds of 2**40 both are constant. NaN stays NaN. 1 - 2r errs by 2**-24,
+    which a beta of 1e4 makes 6e-4 of the odds: nothing to 16 bits, too much for float32.
     """
     grown = tl.exp2(tl.minimum(y * (2.0 * LOG2_E), 100.0, propagate_nan=tl.PropagateNan.ALL))
     r = inverse_of(1.0 + grown)
-    odds = tl.maximum((2.0 * r - 1.0) * (beta * (2.0 * LOG2_E)), -40.0, propagate_nan=tl.PropagateNan.ALL)
+    falls = 2.0 * r - 1.0
+    if PRECISION == "ieee":
+        falls = -tanh_of(y, r)
+    odds = tl.maximum(falls * (beta * (2.0 * LOG2_E)), -40.0, propagate_nan=tl.PropagateNan.ALL)
     odds = tl.exp2(tl.minimum(odds, 40.0, propagate_nan=tl.PropagateNan.ALL))
     return r, grown * r, odds
 
@@ -299,7 +311,7 @@ def buckets(
     A bucket is the exponential of a sum of its factors' logarithms, and the sum is a product with zeros and ones.
     The logarithms are at most 14 + LIFT in size: float16 has 11 bits for them, and phi in bfloat16 keeps 8.
     """
-    r, rest, odds = sides(y, beta)
+    r, rest, odds = sides(y, beta, PRECISION)
     base = LIFT - log2_of(1.0 + odds)
     log_up = log2_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR)) + base
     log_down = log2_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR) + base
@@ -323,20 +335,23 @@ def bucket_gradients(dphi_phi, y, beta, up, down, PRECISION: tl.constexpr):
     dphi * phi over the buckets of either side of a plane are needed.
     """
     return side_gradients(
-        sum_of(dphi_phi, tl.trans(up), PRECISION), sum_of(dphi_phi, tl.trans(down), PRECISION), y, beta
+        sum_of(dphi_phi, tl.trans(up), PRECISION), sum_of(dphi_phi, tl.trans(down), PRECISION), y, beta, PRECISION
     )
 
 
 @triton.jit
-def side_gradients(of_up, of_down, y, beta):
+def side_gradients(of_up, of_down, y, beta, PRECISION: tl.constexpr):
     """The same from the sums of dphi * phi over the buckets of either side of each plane, [C, N] twice."""
-    r, rest, odds = sides(y, beta)
+    r, rest, odds = sides(y, beta, PRECISION)
     bell = odds * inverse_of(1.0 + odds) * (1.0 - FLOOR)  # (1 - F) sigmoid(z) sigmoid(-z) (1 + e), the slope of f+
     rise = bell * inverse_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR))
     fall = bell * inverse_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR)
     dz = of_up * rise - of_down * fall
     dz_dy = (8.0 * beta) * (r * rest)  # 2 beta (1 - tanh(y)**2)
-    return dz * dz_dy, dz * (2.0 * (rest - r))
+    sign = rest - r
+    if PRECISION == "ieee":
+        sign = tanh_of(y, r)
+    return dz * dz_dy, dz * (2.0 * sign)
 
 
 @triton.jit

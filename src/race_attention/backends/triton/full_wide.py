@@ -121,7 +121,7 @@ def query_gradient_kernel(
             d_phi = fine_dot(do, tl.trans(value_sum), PRECISION) - delta[:, None] * mass[None, :]
             choice = tl.trans(corners_of(at, first >> P, SB, P, N, PRECISION))
             of_logs = add_sums(of_logs, d_phi * inverse[:, None] * phi, choice, PRECISION)
-        of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
+        of_y, of_beta = projection_gradients(of_logs, y, b, C, N, PRECISION)
         dq += unhashed(of_y, w, C, N, PRECISION)
         beta_sum += of_beta
         if NEED_PLANES:
@@ -175,7 +175,7 @@ def key_gradient_kernel(
             choice = tl.trans(corners_of(at, first >> P, SB, P, N, PRECISION))
             of_logs = add_sums(of_logs, d_phi * phi, choice, PRECISION)
             dv = add_dot(dv, operand(phi, PRECISION), operand(grad_sum, PRECISION), PRECISION)
-        of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
+        of_y, of_beta = projection_gradients(of_logs, y, b, C, N, PRECISION)
         dk += unhashed(of_y, w, C, N, PRECISION)
         beta_sum += of_beta
         if NEED_PLANES:

@@ -254,7 +254,7 @@ def buckets_of(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """phi [C, SP] times 2**(LIFT * P), float32, as :func:`~.device.buckets`."""
-    r, rest, odds = sides(y, beta)
+    r, rest, odds = sides(y, beta, PRECISION)
     base = LIFT - log2_of(1.0 + odds)
     log_up = log2_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR)) + base
     log_down = log2_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR) + base

@@ -29,7 +29,7 @@ def side_logs(y, beta, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
     They are at most 14 in size. float16 has 11 bits for them, and phi in bfloat16 keeps 8; what lifts a bucket is
     added to their sum, since it would take bits from each.
     """
-    r, rest, odds = sides(y, beta)
+    r, rest, odds = sides(y, beta, PRECISION)
     share = inverse_of(1.0 + odds)
     log_up = log2_of(share * (1.0 - FLOOR) + 0.5 * FLOOR)
     log_down = log2_of(odds * share * (1.0 - FLOOR) + 0.5 * FLOOR)

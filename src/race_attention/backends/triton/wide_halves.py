@@ -106,10 +106,10 @@ def add_halves(
 
 
 @triton.jit
-def projection_gradients(of_logs, y, b, C: tl.constexpr, N: tl.constexpr):
+def projection_gradients(of_logs, y, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
     """From the gradients of logarithms those of the projections, and of beta by token and plane, [C, N] twice."""
     of_up, of_down = tl.split(tl.permute(tl.reshape(of_logs, [C, 2, N]), (0, 2, 1)))
-    return side_gradients(of_up, of_down, y, b)
+    return side_gradients(of_up, of_down, y, b, PRECISION)
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def query_gradient_kernel(
         score, grads = compared(halves, grads, along, of_k, G * FW, j < end, C, CK, L, HW, PRECISION)
     of_logs = add_halves(of_logs, halves, grads, L, P, PL, N, HW, PRECISION)
     program = (tl.program_id(0) // H).to(tl.int64) * H + head
-    of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
+    of_y, of_beta = projection_gradients(of_logs, y, b, C, N, PRECISION)
     store_rows(grad_query + (batch * T * H + head) * D, H * D, t, queries, unhashed(of_y, w, C, N, PRECISION), C, D, DP)
     if NEED_PLANES:
         store_grad_y(grad_y + ((line + t - start) * H + head) * N, H * N, queries, of_y, C, N, PRECISION)
@@ -304,7 +304,7 @@ def key_gradient_kernel(
         tl.store(of_key + (line + t - start + c) * G + group, terms, mask=keys)
     of_logs = add_halves(of_logs, halves, grads, L, P, PL, N, HW, PRECISION)
     program = (tl.program_id(0) // G).to(tl.int64) * G + group
-    of_y, of_beta = projection_gradients(of_logs, y, b, C, N)
+    of_y, of_beta = projection_gradients(of_logs, y, b, C, N, PRECISION)
     store_rows(grad_key + (batch * T * G + group) * D, G * D, t, keys, unhashed(of_y, w, C, N, PRECISION), C, D, DP)
     if NEED_PLANES:
         store_grad_y(grad_y + ((line + t - start) * G + group) * N, G * N, keys, of_y, C, N, PRECISION)
