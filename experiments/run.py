@@ -1,4 +1,4 @@
-"""Runs one row of a table: ``python -m experiments.run configs/fashion_mnist.toml --row race-3x3 --seed 0``.
+"""Runs one row of a table: ``python -m experiments.run experiments/configs/ptb.toml --row race-3x3-all --seed 0``.
 
 A configuration file states what all rows of a table share, and under ``[rows.NAME]`` what differs. The result, one
 JSON file a seed, holds all that :mod:`experiments.tables` needs. A run that was stopped goes on where it was.

@@ -26,3 +26,18 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
 
 def test_pages_with_code_were_found():
     assert any(BLOCK.search(page.read_text()) for page in PAGES)
+
+
+TEXTS = [ROOT / name for name in ("CONTRIBUTING.md", "DESIGN.md", "experiments/README.md")] + PAGES
+MODULE = re.compile(r"python -m ((?:benchmarks|experiments|race_attention)[\w.]*)")
+FILE = re.compile(r"(?<![\w/.-])(?:benchmarks|docs|experiments|src|tests|tools)/[\w/-]+\.(?:json|md|py|toml|svg|png)\b")
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_commands_and_files_that_a_page_names_are_there(page):
+    text = page.read_text()
+    modules = [name.replace(".", "/") for name in MODULE.findall(text)]
+    missing = [name for name in modules if not list(ROOT.glob(f"{name}.py")) and not (ROOT / name).is_dir()]
+    links = re.sub(r"https?://\S+", "", text)
+    missing += [name for name in FILE.findall(links) if "TABLE" not in name and not (ROOT / name).exists()]
+    assert not missing
