@@ -169,16 +169,21 @@ def key_states_kernel(
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] not in "ko"])
 def readout_kernel(
-    query, key_features, value, key_mask, log_decay, fades, planes, beta, table, before, out, inverses,
+    query, key_features, value, key_mask, log_decay, fades, planes, beta, table, before, out,
+    query_features, query_hashes,
     qb: tl.int64, qt: tl.int64, qh: tl.int64, vb: tl.int64, vt: tl.int64, vh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr,
-    CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     DESCRIBED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """out of a run of queries (programs: runs * H), contiguous [B, T, H, V]; with KEEP 1 / denominators [B, H, T]."""
+    """out of a run of queries (programs: runs * H), contiguous [B, T, H, V].
+
+    With KEEP, for the backward pass, phi_q over its denominator, [B, H, T, SW], and the queries' projections,
+    [B, H, T, YW].
+    """
     S: tl.constexpr = L << P
     TALL: tl.constexpr = SP >= 64
     H = G * SHARE
@@ -195,7 +200,8 @@ def readout_kernel(
     if HAS_DECAY and CH > 0:
         fades += (batch * G + group) * T + start
     out += ((batch * T + start) * H + head) * V
-    inverses += (batch * H + head) * T + start
+    query_features += ((batch * H + head) * T + start) * SW
+    query_hashes += ((batch * H + head) * T + start) * YW
     b = tl.load(beta + group)
     hashes = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
     corners = corners_of(0, 0, SP, P, N, PRECISION)
@@ -206,6 +212,7 @@ def readout_kernel(
     features = rows_from(key_features, width, count, C, SW, SP, ALIGNED, DESCRIBED)
     values = rows_from(value, vt, count, C, V, VH, ALIGNED, DESCRIBED)
     outs = rows_from(out, H * V, count, C, V, VH, ALIGNED, DESCRIBED)
+    kept_features = rows_from(query_features, width, count, C, SW, SP, ALIGNED, DESCRIBED)
     sums = load_sums(state, 0, S, SP, V, VH, TALL)
     if TALL:
         more_sums = load_sums(state, VH, S, SP, V, VH, TALL)
@@ -233,7 +240,10 @@ def readout_kernel(
         v = operand(row_block(values, vt, t, 0, inside, C, V, VH, ALIGNED, DESCRIBED), PRECISION)
         if TALL:
             more_v = operand(row_block(values, vt, t, VH, inside, C, V, VH, ALIGNED, DESCRIBED), PRECISION)
-        phi = buckets_of(hashed(q, hashes, C, N, PRECISION), b, corners, C, N, S, SP, LIFT, PRECISION)
+        y = hashed(q, hashes, C, N, PRECISION)
+        if KEEP:
+            store_projections(query_hashes, t, here, y, C, N, YW)
+        phi = buckets_of(y, b, corners, C, N, S, SP, LIFT, PRECISION)
         phi_q = operand(phi, PRECISION)
         score = dot(phi_q, tl.trans(phi_k), PRECISION)
         if HAS_DECAY:
@@ -246,19 +256,20 @@ def readout_kernel(
             phi_q = operand(phi * since[:, None], PRECISION)
         score = operand(tl.where(past, score, 0.0), PRECISION)
         if PRODUCTS:
-            seen = dot(score, first_of_eight, PRECISION)
+            within = dot(score, first_of_eight, PRECISION)
             if TILED:
-                denominator = tl.sum(phi_q.to(tl.float32) * mass, 1) + tl.sum(seen, 1)
+                denominator = tl.sum(phi_q.to(tl.float32) * mass, 1) + tl.sum(within, 1)
             else:  # the mass in two parts
                 high = bfloat16_of(mass)
                 low = bfloat16_of(mass - high.to(tl.float32))
                 parts = tl.where(eight == 0, high, tl.where(eight == 1, low, 0.0))
-                denominator = tl.sum(add_dot(seen, phi_q, parts, PRECISION), 1)
+                denominator = tl.sum(add_dot(within, phi_q, parts, PRECISION), 1)
         else:
             denominator = tl.sum(phi_q * (mass if TILED else mass[None, :]), 1) + tl.sum(score, 1)
         inverse = reciprocal(denominator)
         if KEEP:
-            tl.store(inverses + t + c, inverse, mask=here)
+            seen = operand(phi * inverse[:, None], PRECISION)
+            store_block(kept_features, width, t, 0, here, seen, C, SW, SP, DESCRIBED)
 
         phi_left = phi_k
         if HAS_DECAY:

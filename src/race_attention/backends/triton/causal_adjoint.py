@@ -1,10 +1,10 @@
 """The passes of the backward half that add up along a run, for heads whose buckets fit one tile.
 
-:func:`adjoint_kernel` goes through queries and grad_out and leaves the gradients of the value sums at the end of each
-chunk; the gradients of the masses need the queries' kernel first, which leaves each block's part, and
-:func:`masses_kernel` adds those up. What the keys' kernel leaves by block or token, :func:`finish_kernel` adds up.
-:func:`planes_kernel` is for hyperplanes that learn. Layouts are those of :mod:`race_attention.backends.triton.plan`;
-besides them, of each block of C tokens
+:func:`adjoint_kernel` goes through grad_out and the queries' buckets, which the readout kept, and leaves the gradients
+of the value sums at the end of each chunk; the gradients of the masses need the queries' kernel first, which leaves
+each block's part, and :func:`masses_kernel` adds those up. What the keys' kernel leaves by block or token,
+:func:`finish_kernel` adds up. :func:`planes_kernel` is for hyperplanes that learn. Layouts are those of
+:mod:`race_attention.backends.triton.plan`; besides them, of each block of C tokens
 
     blocks       place * (CH / C) + the block's number in its chunk; a run where there are no chunks
     mass_parts   [blocks, H, SW] float32  what the block's queries give to the gradient of the mass before it
@@ -20,23 +20,19 @@ import triton.language as tl
 from .device import add_dot, add_fine_dot, bfloat16_of, operand, run_bounds, whole_rows
 from .narrow import (
     block_decay,
-    buckets_of,
     chunk_at,
-    corners_of,
-    hashed,
-    load_hash,
     load_sums,
+    row_block,
     rows_at,
+    rows_from,
     running_decay,
-    store_features,
     store_hash_gradient,
     store_mass,
     store_sums,
     taken_up,
 )
-from .projections import store_projections
 
-NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "xb", "xt", "xh", "qb", "qt", "qh", "ob", "ot", "oh", "gb", "gt", "gh"]
+NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "xb", "xt", "xh", "ob", "ot", "oh", "gb", "gt", "gh"]
 
 
 @triton.jit
@@ -59,19 +55,18 @@ def place_of(run, batch, row, token, T, CH: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] != "x"])
 def adjoint_kernel(
-    query, grad_out, inverses, log_decay, planes, beta, table, adjoints, inner_after, query_features, query_hashes,
-    qb: tl.int64, qt: tl.int64, qh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
+    query_features, grad_out, log_decay, table, adjoints, inner_after,
+    ob: tl.int64, ot: tl.int64, oh: tl.int64,
     gb: tl.int64, gt: tl.int64, gh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
-    C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
+    SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    DESCRIBED: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the value sums before each run that its own queries give (programs: runs * H).
 
     It goes from a run's last block to its first, and leaves what later queries of the run give to the value sums at
-    each chunk's end, [places, H, V, SW]; and of each query phi_q / den, [B, H, T, SW], and its projections,
-    [B, H, T, YW].
+    each chunk's end, [places, H, V, SW].
     """
     S: tl.constexpr = L << P
     H = G * SHARE
@@ -80,38 +75,30 @@ def adjoint_kernel(
     group = head // SHARE
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
     count = (end - start).to(tl.int32)
-    query += whole_rows(batch * qb + head * qh + start * qt, ALIGNED)
     grad_out += whole_rows(batch * ob + head * oh + start * ot, ALIGNED)
     log_decay += batch * gb + group * gh + start * gt
-    inverses += (batch * H + head) * T + start
     query_features += ((batch * H + head) * T + start) * SW
-    query_hashes += ((batch * H + head) * T + start) * YW
     place = place_of(run, batch, row, start, T, CH, PACKED)
-    b = tl.load(beta + group)
-    hashes = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
-    corners = corners_of(0, 0, SP, P, N, PRECISION)
+    width = tl.full([], SW, tl.int64)
+    features = rows_from(query_features, width, count, C, SW, SP, ALIGNED, DESCRIBED)
+    grad_outs = rows_from(grad_out, ot, count, C, V, VP, ALIGNED, DESCRIBED)
     grads = tl.zeros([VP, SP], tl.float32)
     c = tl.arange(0, C)
+    s = tl.arange(0, SP)
+    v = tl.arange(0, VP)
 
     blocks = (count + (C - 1)) // C
     for i in range(blocks):
         t = (blocks - 1 - i) * C
         if CH > 0:
             if (t + C) % CH == 0 or i == 0:
-                s = tl.arange(0, SP)
-                v = tl.arange(0, VP)
-                at = inner_after + ((place + t // CH) * H + head) * (V * SW)
+                at = (place + t // CH) * H + head
                 mask = (v < V)[:, None] & (s < SW)[None, :]
-                tl.store(at + (v[:, None] * SW + s[None, :]), operand(grads, PRECISION), mask=mask)
+                inner = inner_after + at * (V * SW)
+                tl.store(inner + (v[:, None] * SW + s[None, :]), operand(grads, PRECISION), mask=mask)
         here = c < count - t
-        q = rows_at(query, qt, t, here, C, D, DP, ALIGNED)
-        do = rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED)
-        inverse = tl.load(inverses + t + c, mask=here, other=0.0)
-        y = hashed(q, hashes, C, N, PRECISION)
-        store_projections(query_hashes, t, here, y, C, N, YW)
-        phi = buckets_of(y, b, corners, C, N, S, SP, LIFT, PRECISION)
-        seen = operand(phi * inverse[:, None], PRECISION)
-        store_features(query_features, t, here, seen, C, SP, SW)
+        do = row_block(grad_outs, ot, t, 0, here, C, V, VP, ALIGNED, DESCRIBED)
+        seen = row_block(features, width, t, 0, here, C, SW, SP, ALIGNED, DESCRIBED)
         if HAS_DECAY:
             if CH > 0:
                 fade, left, total = running_decay(log_decay, gt, t, count, C)
@@ -123,7 +110,8 @@ def adjoint_kernel(
             grads *= kept
         grads = taken_up(grads, operand(do, PRECISION), seen, False, PRECISION)
 
-    store_sums(adjoints + (run.to(tl.int64) * H + head) * (S * (V + 1)), grads, S, SP, V, VP, False)
+    state = adjoints + (run.to(tl.int64) * H + head) * (S * (V + 1))
+    store_sums(state, grads, S, SP, V, VP, False)
 
 
 @triton.jit

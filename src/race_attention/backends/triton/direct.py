@@ -103,13 +103,13 @@ class _Function(torch.autograd.Function):
         out, mass, value_sum, *kept = repeated(_forward, inputs, (ctx.causal, state, True), kept=_OF_FORWARD)
         *tensors, initial, initial_sums = inputs
         final = (None, None) if inputs[5] is None else (mass, value_sum)
-        # Of what it keeps, the backward pass reads out in the place of buckets, where only 1 / denominators are kept.
+        # Of what it keeps, the backward pass reads out where 1 / denominators are kept.
         ctx.layout = None
         if type(kept[0]) is Bundle:
             ctx.layout = kept[0].layout
-            reads_out, kept = ctx.layout.places[1] is not None and ctx.layout.places[2] is None, [kept[0].memory]
+            reads_out, kept = ctx.layout.places[1] is not None, [kept[0].memory]
         else:
-            reads_out = kept[1] is not None and kept[2] is None
+            reads_out = kept[1] is not None
         ctx.save_for_backward(*tensors, *final, out if reads_out else None, *kept)
         ctx.initial = None if initial is None else (initial.dtype, initial_sums.dtype)
         ctx.set_materialize_grads(False)

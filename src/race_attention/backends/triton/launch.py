@@ -20,10 +20,10 @@ REDUCED = 32
 class Problem:
     """The tensors of a call as the kernels read them, and its shape class.
 
-    ``inverses`` are 1 / denominators, [B, H, Tq], which the forward pass fills and the backward pass reads where it
-    has any, as it reads ``out`` or ``features``, the keys' buckets [B, G, Tk, row], and ``inner``, ``marks`` and
-    ``fades`` of chunks (see :mod:`race_attention.backends.triton.plan`). Where buckets fill several tiles ``inner`` is
-    what rounding took from out (see ``ops.kept_residual``). Without ``keep`` there is no backward pass.
+    The forward pass fills and the backward pass reads, where it has any, ``inverses``, 1 / denominators [B, H, Tq],
+    ``out``, ``features``, buckets and projections (see ``ops.kept_features``), and ``inner``, ``marks`` and ``fades``
+    of chunks (see :mod:`race_attention.backends.triton.plan`). Where buckets fill several tiles ``inner`` is what
+    rounding took from out (see ``ops.kept_residual``). Without ``keep`` there is no backward pass.
     """
 
     query: Tensor
@@ -72,15 +72,30 @@ class Problem:
 
         Those need rows that begin at multiples of 16 bytes, and know no mask: what is masked may be NaN.
         """
-        rows = self.query, self.key, self.value
+        return self.key_mask is None and self.describes(self.query, self.key, self.value)
+
+    def describes(self, *rows: Tensor) -> bool:
+        """Whether kernels may take these rows of the call, and those of out, by tensor descriptors."""
         return (
             self.aligned
-            and self.key_mask is None
             and self.shape.dtype != torch.float32
             and self.shape.value_dim % 8 == 0
             and all(x.shape[1] > 1 and x.stride(1) >= 8 for x in rows)
             and describes(self.query.device)
         )
+
+    def kept_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The buckets of keys and of queries, the projections of keys and of queries; see ``ops.kept_features``.
+
+        What lies behind the first is there only with ``keep``.
+        """
+        assert self.features is not None
+        flat, shape = self.features.view(-1), self.shape
+        if not self.keep:
+            return flat, flat, flat, flat
+        keys, queries = self.batch * self.keys * self.groups, self.batch * self.queries * self.heads
+        sizes = keys * shape.row, queries * shape.row, keys * shape.hash_row
+        return flat, flat[sizes[0] :], flat[sum(sizes[:2]) :], flat[sum(sizes) :]
 
     @property
     def conditions(self) -> dict[str, bool]:

@@ -17,7 +17,7 @@ State = tuple[Tensor | None, Tensor | None]
 
 
 def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, final mass, final value_sum, the state before each run); fills ``p.inverses`` and ``p.features``."""
+    """(out, final mass, final value_sum, the state before each run); fills ``p.features``."""
     runs = p.runs(of_keys=True)
     parts, totals = _key_states(p, runs)
     before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
@@ -34,12 +34,13 @@ def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
     """
     states = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
     totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
+    features, _, hashes, _ = p.kept_rows()
     if runs.count * p.groups:
         start(
             causal.key_states_kernel, (runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
-            pointer_or(runs.table, p.beta), states, totals, p.features,
-            key_hashes(p), p.inner, p.marks, p.fades,
+            pointer_or(runs.table, p.beta), states, totals, features,
+            hashes, p.inner, p.marks, p.fades,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.keys, runs.length, runs.per_row, p.groups, **p.conditions, CH=p.shape.chunk, KEEP=p.keep,
             YW=p.shape.hash_row, DESCRIBED=p.described and p.keep and p.shape.tile == 64,
@@ -51,22 +52,17 @@ def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
 def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
     """out of the queries, from the state before their run and the keys of it."""
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
+    features, seen, _, hashes = p.kept_rows()
     if runs.count * p.heads:
         start(
             causal.readout_kernel, (runs.count * p.heads,),
-            p.query, p.features, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.fades,
-            p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, out, p.inverses,
+            p.query, features, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.fades,
+            p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, out, seen, hashes,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, CH=p.shape.chunk, DESCRIBED=p.described,
-            KEEP=p.keep, **p.conditions, **options(p, "causal_readout"),
+            KEEP=p.keep, YW=p.shape.hash_row, **p.conditions, **options(p, "causal_readout"),
         )  # fmt: skip
     return out
-
-
-def key_hashes(p: Problem) -> Tensor:
-    """The keys' projections, [B, G, T, hash_row], which lie behind their buckets."""
-    assert p.features is not None
-    return p.features.view(-1)[p.batch * p.groups * p.keys * p.shape.row :]
 
 
 def options(p: Problem, kernel: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import causal_adjoint, causal_gradients, plan
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
-from .launch_causal import State, key_hashes, options
+from .launch_causal import State, options
 from .launch_states import run_totals, scan
 from .start import start
 
@@ -42,18 +42,17 @@ def backward(
     p: Problem, kept: Tensor, grad_final: State, final: State, sums: ParameterSums
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(dq, dk, dv, the gradient of log_decay, that of the initial state); adds to ``sums``."""
-    assert p.inverses is not None
     runs = p.runs(of_keys=True)
     of_queries, of_keys = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
-    seen, hashes, adjoints, inner_after = _adjoints(p, runs)
-    dq, deltas, parts, of_beta = _query_gradients(p, runs, kept, seen, hashes, of_queries)
+    adjoints, inner_after = _adjoints(p, runs)
+    dq, deltas, parts, of_beta = _query_gradients(p, runs, kept, of_queries)
     masses = _masses(p, runs, parts, of_beta, adjoints, of_queries)
-    del parts, hashes
+    del parts
     after = p.new_states(max(runs.count, 1), p.groups)
     initial = scan(p, runs, adjoints, run_totals(p, runs), after, grad_final, share=p.share, reverse=True)
     del adjoints
-    dk, dv, decay, of_beta = _key_gradients(p, runs, after, inner_after, masses, deltas, seen, of_keys)
-    _finish(p, runs, kept, after, at_the_end(p, final, grad_final), decay, of_beta, of_keys)
+    dk, dv, decay, of_beta = _key_gradients(p, runs, after, inner_after, masses, deltas, of_keys)
+    _finish(p, runs, kept, after, at_the_end(p, final, grad_final), decay, of_beta, of_keys[1])
     return dq, dk, dv, decay, initial
 
 
@@ -69,45 +68,50 @@ def _options(p: Problem, kernel: str) -> dict[str, Any]:
     return given
 
 
-def _rows(p: Problem, tokens: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """Room for numbers of each projection."""
-    return p.new(p.batch, heads, tokens, p.shape.hash_row, dtype=dtype)
+def _without(given: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: x for name, x in given.items() if name not in names}
 
 
-def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the queries the buckets over their denominators, and the projections; the gradients of the value sums.
+def _rows(p: Problem, tokens: int, heads: int) -> Tensor:
+    """Room for the gradients of each token's projections."""
+    return p.new(p.batch, heads, tokens, p.shape.hash_row)
 
-    Those before each run, with room for the masses'; and at the end of each chunk what the run's later queries give.
+
+def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
+    """The gradients of the value sums: before each run, and at the end of each chunk what the run's later queries give.
+
+    Those before runs have room for the masses'.
     """
     assert p.grad_out is not None
     assert p.features is not None
-    features = p.features.new_empty(p.batch, p.heads, p.queries, p.shape.row)
-    hashes = _rows(p, p.queries, p.heads, features.dtype)
+    places = _blocks(p, runs).places if p.shape.chunk else 0
     adjoints = p.new(max(runs.count, 1), p.heads, p.shape.state_size)
-    places = plan.chunk_places(p.batch, p.keys, p.rows, p.shape.chunk, p.bounds is not None)
     inner_after = p.features.new_empty(places, p.heads, p.shape.value_dim, p.shape.row)
     if runs.count * p.heads:
         start(
             causal_adjoint.adjoint_kernel, (runs.count * p.heads,),
-            p.query, p.grad_out, p.inverses, pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
-            pointer_or(runs.table, p.beta), adjoints, inner_after, features, hashes,
-            *p.query.stride()[:3], *p.grad_out.stride()[:3], *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, **_options(p, "causal_adjoint"),
+            p.kept_rows()[1], p.grad_out, pointer_or(p.log_decay, p.beta),
+            pointer_or(runs.table, p.beta), adjoints, inner_after,
+            *p.grad_out.stride()[:3], *p.decay_strides,
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
+            DESCRIBED=p.describes(p.grad_out),
+            **_without(_options(p, "causal_adjoint"), "D", "DP", "N", "YW", "LIFT"),
         )  # fmt: skip
-    return features, hashes, adjoints, inner_after
+    return adjoints, inner_after
 
 
 def _query_gradients(
-    p: Problem, runs: plan.Runs, before: Tensor, seen: Tensor, hashes: Tensor, parts: tuple[Tensor, Tensor]
+    p: Problem, runs: plan.Runs, before: Tensor, parts: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, grad_out . out [B, H, T], by blocks: the gradient of the mass, and that of beta)."""
     assert p.grad_out is not None
-    assert p.inverses is not None
     blocks = _blocks(p, runs)
-    dq, deltas = torch.empty_like(p.query, memory_format=torch.contiguous_format), torch.empty_like(p.inverses)
+    dq = torch.empty_like(p.query, memory_format=torch.contiguous_format)
+    deltas = p.new(p.batch, p.heads, p.queries)
     masses, of_beta = p.new(blocks.count, p.heads, p.shape.row), p.new(blocks.count, p.heads)
     need_planes = parts[0].numel() > 0
-    grad_hashes = _rows(p, p.queries, p.heads, torch.float32) if need_planes else seen
+    _, seen, _, hashes = p.kept_rows()
+    grad_hashes = _rows(p, p.queries, p.heads) if need_planes else seen
     if runs.count * p.heads:
         start(
             causal_gradients.query_gradient_kernel, (runs.count * blocks.per_run * p.heads,),
@@ -133,7 +137,8 @@ def _parts(p: Problem, runs: plan.Runs, states: Tensor) -> Tensor:
     shape = p.shape
     if not _split(shape):
         return states
-    parts = p.query.new_empty(max(runs.count, 1), p.groups, 2, shape.value_dim, shape.row)
+    assert p.features is not None
+    parts = p.features.new_empty(max(runs.count, 1), p.groups, 2, shape.value_dim, shape.row)
     if runs.count * p.groups:
         start(
             causal_adjoint.parts_kernel, (runs.count * p.groups,), states, parts, S=shape.buckets, SP=shape.tile,
@@ -184,7 +189,7 @@ def _longest(p: Problem, blocks: _Blocks) -> int:
 
 def _key_gradients(
     p: Problem, runs: plan.Runs, after: Tensor, inner_after: Tensor, masses: tuple[Tensor, Tensor], deltas: Tensor,
-    seen: Tensor, parts: tuple[Tensor, Tensor],
+    parts: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, dv, phi_k . grad phi_k [B, T, G], by blocks the gradient of beta)."""
     assert p.grad_out is not None
@@ -193,11 +198,12 @@ def _key_gradients(
     of_keys = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
     of_beta = p.new(blocks.count, p.groups)
     need_planes = parts[0].numel() > 0
-    grad_hashes = _rows(p, p.keys, p.groups, torch.float32) if need_planes else seen
+    _, seen, hashes, _ = p.kept_rows()
+    grad_hashes = _rows(p, p.keys, p.groups) if need_planes else seen
     if runs.count * p.groups:
         start(
             causal_gradients.key_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
-            seen, p.features, key_hashes(p), p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
+            seen, p.features, hashes, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
             pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), after,
             _parts(p, runs, after), inner_after, *masses, p.fades, deltas, dk, dv, of_keys, grad_hashes, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
@@ -211,14 +217,14 @@ def _key_gradients(
 
 def _finish(
     p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, at_the_end: Tensor, of_keys: Tensor, of_beta: Tensor,
-    parts: tuple[Tensor, Tensor],
+    beta_parts: Tensor,
 ) -> None:  # fmt: skip
     """The gradient of log_decay in the place of ``of_keys``; of beta's gradient the runs' parts."""
     blocks, shape = _blocks(p, runs), p.shape
     if runs.count * p.groups:
         start(
             causal_adjoint.finish_kernel, (runs.count * p.groups,),
-            before, after, at_the_end, pointer_or(runs.table, p.beta), of_keys, of_beta, parts[1],
+            before, after, at_the_end, pointer_or(runs.table, p.beta), of_keys, of_beta, beta_parts,
             p.queries, runs.length, runs.per_row, p.groups, S=shape.buckets, SP=shape.tile, V=shape.value_dim,
             VP=plan.power_of_two(shape.value_dim, 16), C=blocks.length, CH=shape.chunk, RB=_longest(p, blocks),
             RT=plan.run_lengths(shape)[1], PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None,

@@ -2,7 +2,7 @@
 
 Nothing here imports Triton; the kernels come with the first launch. The forward pass keeps for the backward pass
 its inputs and the state before each run of tokens (causal) or of each row (not), float32; and where its kernels use
-them, the inverses of the denominators, the keys' buckets, the sums before each chunk, or out.
+them, the inverses of the denominators, both sides' buckets, the sums before each chunk, or out.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _(
         query.new_empty(rows, groups, tables, 1 << planes, value_dim, dtype=wide),
         kept_states(query, value, hyperplanes, rows, causal),
         kept_inverses(query, value, hyperplanes, causal),
-        kept_features(key, value, hyperplanes, causal),
+        kept_features(query, key, value, hyperplanes, causal),
         kept_residual(query, value, hyperplanes, inner),
         marks,
         fades,
@@ -136,20 +136,24 @@ def clear_spare(kept: Tensor, runs: plan.Runs) -> None:
 
 
 def kept_inverses(query: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:
-    """The buffer for 1 / denominators, [B, H, Tq], where the backward pass reads them; else empty."""
+    """The buffer for 1 / denominators, [B, H, Tq], where buckets fill several tiles; else empty."""
     batch, queries, heads = query.shape[:3]
-    read = causal or not shape_of(query, value, hyperplanes).narrow
+    read = not shape_of(query, value, hyperplanes).narrow
     return query.new_empty((batch, heads, queries) if read else (0,), dtype=torch.float32)
 
 
-def kept_features(key: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> Tensor:
-    """The buffer for the keys' buckets, of one tile, [B, G, Tk, row] as the products take them; else empty.
+def kept_features(
+    query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool, keep: bool = True
+) -> Tensor:
+    """The buffer for the keys' buckets, of one tile, [B, G, T, row] as the products take them; else empty.
 
-    And behind all of them the keys' projections, [B, G, Tk, hash_row].
+    Behind all of them, which the backward pass alone reads, the queries' over their denominators, [B, H, T, row], the
+    keys' projections, [B, G, T, hash_row], and the queries'.
     """
     shape = shape_of(key, value, hyperplanes)
     batch, keys, groups = key.shape[:3]
-    size = (batch, groups, keys, shape.row + shape.hash_row) if causal and shape.narrow else (0,)
+    heads, row = (groups + query.shape[2], shape.row + shape.hash_row) if keep else (groups, shape.row)
+    size = (batch, keys, heads, row) if causal and shape.narrow else (0,)
     return key.new_empty(size, dtype=torch.bfloat16 if shape.precision == "bf16" else torch.float32)
 
 
@@ -281,7 +285,7 @@ class _Differentiable(torch.autograd.Function):
         *tensors, mass, value_sum, ctx.causal = inputs
         # The gradient of log_decay is anchored at the final state; nothing else needs that.
         final = output[1:3] if inputs[5] is not None else (None, None)
-        out = output[0] if output[4].numel() and not output[5].numel() else None
+        out = output[0] if output[4].numel() else None
         ctx.save_for_backward(*tensors, *final, out, *output[3:])
         ctx.initial = None if mass is None else (mass.dtype, value_sum.dtype)
         ctx.set_materialize_grads(False)

@@ -31,7 +31,7 @@ def forward(
     p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
     p.keep = keep
     p.inverses = kept_inverses(query, value, hyperplanes, causal)
-    p.features = kept_features(key, value, hyperplanes, causal)
+    p.features = kept_features(query, key, value, hyperplanes, causal, keep)
     p.inner, p.marks, p.fades = kept_chunks(
         key, value, hyperplanes, p.rows, log_decay is not None, bounds is not None, causal, keep
     )
