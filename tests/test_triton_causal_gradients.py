@@ -34,6 +34,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "large-heads": {"tokens": 140, "value_dim": 130, "decay": "token"},
     "packed": {"lengths": (70, 0, 1, 200, 128, 63), "decay": "token", "initial_state": True},
     "packed-groups": {"lengths": (129, 90), "heads": 4, "kv_heads": 2, "masked": 0.2},
+    "at-once": {"tokens": 200, "planes": 4, "tables": 4, "heads": 2},
+    "at-once-packed": {"lengths": (70, 0, 1, 129), "planes": 3, "tables": 5, "value_dim": 10, "initial_state": True},
+    "at-once-masked": {"batch": 2, "tokens": 130, "planes": 6, "tables": 1, "masked": 0.3},
 }
 
 
@@ -60,6 +63,21 @@ def _check(options: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("runs")
 def test_equals_the_oracle(shape: str, dtype: torch.dtype) -> None:
     _check(SHAPES[shape], dtype)
+
+
+@pytest.mark.usefixtures("runs")
+def test_values_of_a_common_mean() -> None:
+    """What later queries give to the gradient of the masses is a difference of what their large mean gives."""
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=300, heads=1, dim=16, planes=4, tables=4, dtype=DTYPES[-1], device=DEVICE,
+        requires_grad=False, seed=10,
+    )  # fmt: skip
+    inputs["value"] += 3.0
+    inputs = {
+        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), by_oracle(inputs), DTYPES[-1])
 
 
 @pytest.mark.parametrize("block", [32, 128])

@@ -3,7 +3,7 @@
     device.py    what the kernels share: tiles, soft buckets and their gradients, decay inside a block
     narrow.py    what the causal kernels of one tile share besides
     states.py    the scan over the states of runs of tokens
-    causal.py, causal_gradients.py    buckets in one tile; full.py    not causal
+    causal.py, causal_gradients.py, causal_blocks.py    buckets in one tile; full.py    not causal
     wide.py, wide_features.py, wide_segments.py, wide_configs.py    causal, buckets in several tiles
     wide_halves.py, wide_gradients.py    their gradients: by halves of tables, or by buckets; full_wide.py    not causal
     decode.py, decode_ops.py     one token, and its operator

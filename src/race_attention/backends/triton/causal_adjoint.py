@@ -1,10 +1,11 @@
 """The passes of the backward half that add up along a run, for heads whose buckets fit one tile.
 
 :func:`adjoint_kernel` goes through grad_out and the queries' buckets, which the readout kept, and leaves the gradients
-of the value sums at the end of each chunk; the gradients of the masses need the queries' kernel first, which leaves
-each block's part, and :func:`masses_kernel` adds those up. What the keys' kernel leaves by block or token,
-:func:`finish_kernel` adds up. :func:`planes_kernel` is for hyperplanes that learn. Layouts are those of
-:mod:`race_attention.backends.triton.plan`; besides them, of each block of C tokens
+of the value sums at the end of each chunk, and from out those of the masses where one kernel takes a block's queries,
+keys and values. Elsewhere those need the queries' kernel first, which leaves each block's part, and
+:func:`masses_kernel` adds those up. What the keys' kernel leaves by block or token, :func:`finish_kernel` adds up.
+:func:`planes_kernel` is for hyperplanes that learn. Layouts are those of :mod:`race_attention.backends.triton.plan`;
+besides them, of each block of C tokens
 
     blocks       place * (CH / C) + the block's number in its chunk; a run where there are no chunks
     mass_parts   [blocks, H, SW] float32  what the block's queries give to the gradient of the mass before it
@@ -17,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import add_dot, add_fine_dot, bfloat16_of, operand, run_bounds, whole_rows
+from .device import add_dot, add_fine_dot, anew, as_given_dot, bfloat16_of, operand, run_bounds, whole_rows
 from .narrow import (
     block_decay,
     chunk_at,
@@ -55,18 +56,19 @@ def place_of(run, batch, row, token, T, CH: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] != "x"])
 def adjoint_kernel(
-    query_features, grad_out, log_decay, table, adjoints, inner_after,
+    query_features, grad_out, out, log_decay, table, adjoints, inner_after, mass_after,
     ob: tl.int64, ot: tl.int64, oh: tl.int64,
     gb: tl.int64, gt: tl.int64, gh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, V: tl.constexpr,
     VP: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    DESCRIBED: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
+    DESCRIBED: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr, MASSES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the value sums before each run that its own queries give (programs: runs * H).
 
     It goes from a run's last block to its first, and leaves what later queries of the run give to the value sums at
-    each chunk's end, [places, H, V, SW].
+    each chunk's end, [places, H, V, SW]. With MASSES, where nothing decays and blocks are chunks, the same of the
+    masses, [places, H, SW]: minus the sum of phi_q / den times grad_out . out, which is as good as out is rounded.
     """
     S: tl.constexpr = L << P
     H = G * SHARE
@@ -76,6 +78,7 @@ def adjoint_kernel(
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
     count = (end - start).to(tl.int32)
     grad_out += whole_rows(batch * ob + head * oh + start * ot, ALIGNED)
+    out += ((batch * T + start) * H + head) * V
     log_decay += batch * gb + group * gh + start * gt
     query_features += ((batch * H + head) * T + start) * SW
     place = place_of(run, batch, row, start, T, CH, PACKED)
@@ -86,6 +89,10 @@ def adjoint_kernel(
     c = tl.arange(0, C)
     s = tl.arange(0, SP)
     v = tl.arange(0, VP)
+    if MASSES:
+        outs = rows_from(out, H * V, count, C, V, VP, ALIGNED, DESCRIBED)
+        eight = tl.arange(0, 8)[None, :]
+        of_mass = tl.zeros([SP, 8], tl.float32)
 
     blocks = (count + (C - 1)) // C
     for i in range(blocks):
@@ -96,6 +103,8 @@ def adjoint_kernel(
                 mask = (v < V)[:, None] & (s < SW)[None, :]
                 inner = inner_after + at * (V * SW)
                 tl.store(inner + (v[:, None] * SW + s[None, :]), operand(grads, PRECISION), mask=mask)
+                if MASSES:
+                    tl.store(mass_after + at * SW + s, tl.sum(of_mass, 1), mask=s < SW)
         here = c < count - t
         do = row_block(grad_outs, ot, t, 0, here, C, V, VP, ALIGNED, DESCRIBED)
         seen = row_block(features, width, t, 0, here, C, SW, SP, ALIGNED, DESCRIBED)
@@ -109,9 +118,19 @@ def adjoint_kernel(
             seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
             grads *= kept
         grads = taken_up(grads, operand(do, PRECISION), seen, False, PRECISION)
+        if MASSES:
+            o = row_block(outs, H * V, t, 0, here, C, V, VP, ALIGNED, DESCRIBED)
+            same = anew(c)[:, None] == c[None, :]
+            delta = tl.sum(tl.where(same, as_given_dot(do, tl.trans(o), PRECISION), 0.0), 1)
+            # A product of eight columns, of which two are delta in two parts of bfloat16.
+            high = operand(delta, PRECISION).to(tl.float32)
+            both = tl.where(eight == 0, -high[:, None], tl.where(eight == 1, (high - delta)[:, None], 0.0))
+            of_mass = add_dot(of_mass, tl.trans(seen), operand(both, PRECISION), PRECISION)
 
     state = adjoints + (run.to(tl.int64) * H + head) * (S * (V + 1))
     store_sums(state, grads, S, SP, V, VP, False)
+    if MASSES:
+        store_mass(state, tl.sum(of_mass, 1), S, SP, V)
 
 
 @triton.jit
@@ -125,9 +144,9 @@ def parts_kernel(
     sums = load_sums(states + program * (S * (V + 1)), 0, S, SP, V, VP, False)
     at = (parts + program * (2 * V * SW)) + (v[:, None] * SW + s[None, :])
     mask = (v < V)[:, None] & (s < SW)[None, :]
-    high = sums.to(tl.bfloat16)
+    high = sums.to(parts.dtype.element_ty)
     tl.store(at, high, mask=mask)
-    tl.store(at + V * SW, (sums - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    tl.store(at + V * SW, (sums - high.to(tl.float32)).to(parts.dtype.element_ty), mask=mask)
 
 
 @triton.jit

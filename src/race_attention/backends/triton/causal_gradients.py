@@ -82,7 +82,8 @@ def by_parts(
     """
     y = tl.zeros([C, SP], tl.float32)
     size: tl.constexpr = V * SW
-    apart = (chunk.to(tl.int64) - parts.to(tl.int64)) // 2 - 2 * size  # two bytes a number
+    width: tl.constexpr = parts.dtype.element_ty.primitive_bitwidth // 8
+    apart = (chunk.to(tl.int64) - parts.to(tl.int64)) // width - 2 * size
     for i in tl.range(0, 3, num_stages=3):
         if HAS_DECAY:
             y *= tl.where(i == 2, kept, 1.0)

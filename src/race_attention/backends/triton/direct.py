@@ -15,7 +15,7 @@ from torch import Tensor
 from race_attention.backends.call import Call
 
 from . import passes
-from .ops import triton_backward
+from .ops import reads_out, triton_backward
 from .replay import Bundle, repeated
 
 #: What Dynamo does with each frame that runs, or None.
@@ -103,14 +103,12 @@ class _Function(torch.autograd.Function):
         out, mass, value_sum, *kept = repeated(_forward, inputs, (ctx.causal, state, True), kept=_OF_FORWARD)
         *tensors, initial, initial_sums = inputs
         final = (None, None) if inputs[5] is None else (mass, value_sum)
-        # Of what it keeps, the backward pass reads out where 1 / denominators are kept.
         ctx.layout = None
         if type(kept[0]) is Bundle:
-            ctx.layout = kept[0].layout
-            reads_out, kept = ctx.layout.places[1] is not None, [kept[0].memory]
-        else:
-            reads_out = kept[1] is not None
-        ctx.save_for_backward(*tensors, *final, out if reads_out else None, *kept)
+            ctx.layout, kept = kept[0].layout, [kept[0].memory]
+        query, value, hyperplanes, log_decay = inputs[0], inputs[2], inputs[3], inputs[5]
+        read = reads_out(query, value, hyperplanes, log_decay, ctx.causal)
+        ctx.save_for_backward(*tensors, *final, out if read else None, *kept)
         ctx.initial = None if initial is None else (initial.dtype, initial_sums.dtype)
         ctx.set_materialize_grads(False)
         return (out, mass, value_sum) if state else out

@@ -84,6 +84,11 @@ class Problem:
             and describes(self.query.device)
         )
 
+    @property
+    def at_once(self) -> bool:
+        """Whether one kernel works out a block's gradients of queries, keys and values."""
+        return self.causal and self.shape.at_once(self.share, self.log_decay is not None)
+
     def kept_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The buckets of keys and of queries, the projections of keys and of queries; see ``ops.kept_features``.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import causal_adjoint, causal_gradients, plan
+from . import causal_adjoint, causal_blocks, causal_gradients, plan
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
 from .launch_causal import State, options
 from .launch_states import run_totals, scan
@@ -43,8 +43,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(dq, dk, dv, the gradient of log_decay, that of the initial state); adds to ``sums``."""
     runs = p.runs(of_keys=True)
+    if p.at_once:
+        return _backward_at_once(p, runs, kept, grad_final, sums)
     of_queries, of_keys = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
-    adjoints, inner_after = _adjoints(p, runs)
+    adjoints, inner_after, _ = _adjoints(p, runs)
     dq, deltas, parts, of_beta = _query_gradients(p, runs, kept, of_queries)
     masses = _masses(p, runs, parts, of_beta, adjoints, of_queries)
     del parts
@@ -56,6 +58,25 @@ def backward(
     return dq, dk, dv, decay, initial
 
 
+def _backward_at_once(
+    p: Problem, runs: plan.Runs, kept: Tensor, grad_final: State, sums: ParameterSums
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """:func:`backward` where one kernel takes a block's queries, keys and values, and nothing decays."""
+    adjoints, inner_after, mass_after = _adjoints(p, runs)
+    after = p.new_states(max(runs.count, 1), p.groups)
+    initial = scan(p, runs, adjoints, run_totals(p, runs), after, grad_final, reverse=True)
+    del adjoints
+    of_queries = sums.parts(runs, p.heads)
+    of_keys = of_queries
+    if sums.need_planes:  # of both sides their own; of beta one part for both
+        of_keys = sums.parts(runs, p.groups)
+        of_keys[1].zero_()
+    dq, dk, dv, of_beta = _block_gradients(p, runs, kept, after, inner_after, mass_after, of_queries, of_keys)
+    no_decay = p.new(0)
+    _finish(p, runs, kept, after, p.beta, no_decay, of_beta, of_queries[1])
+    return dq, dk, dv, no_decay, initial
+
+
 def _options(p: Problem, kernel: str) -> dict[str, Any]:
     """The compile-time arguments of a kernel. The two gradients' blocks are the same: they leave for each other."""
     given = options(p, kernel) | {"CH": p.shape.chunk, "YW": p.shape.hash_row, "HAS_DECAY": p.log_decay is not None}
@@ -63,7 +84,9 @@ def _options(p: Problem, kernel: str) -> dict[str, Any]:
         # A product that goes into a sum over lanes is fused on one side of the exchange and rounded on the other, so
         # that lanes differ in the last bit, and all of them write: which one is read would be the hardware's choice.
         given["enable_fp_fusion"] = False
-    if p.shape.chunk and kernel != "causal_adjoint":
+    if p.at_once and kernel != "causal_adjoint":
+        given["C"] = p.shape.chunk
+    elif p.shape.chunk and kernel != "causal_adjoint":
         given["C"] = min(options(p, name)["C"] for name in ("causal_query_gradient", "causal_key_gradient"))
     return given
 
@@ -77,27 +100,56 @@ def _rows(p: Problem, tokens: int, heads: int) -> Tensor:
     return p.new(p.batch, heads, tokens, p.shape.hash_row)
 
 
-def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
+def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the value sums: before each run, and at the end of each chunk what the run's later queries give.
 
-    Those before runs have room for the masses'.
+    Those before runs have room for the masses', and where blocks are done at once hold them; so does the third.
     """
     assert p.grad_out is not None
     assert p.features is not None
     places = _blocks(p, runs).places if p.shape.chunk else 0
     adjoints = p.new(max(runs.count, 1), p.heads, p.shape.state_size)
     inner_after = p.features.new_empty(places, p.heads, p.shape.value_dim, p.shape.row)
+    mass_after = p.new(places, p.heads, p.shape.row) if p.at_once else p.new(0)
     if runs.count * p.heads:
         start(
             causal_adjoint.adjoint_kernel, (runs.count * p.heads,),
-            p.kept_rows()[1], p.grad_out, pointer_or(p.log_decay, p.beta),
-            pointer_or(runs.table, p.beta), adjoints, inner_after,
+            p.kept_rows()[1], p.grad_out, p.out if p.at_once else p.grad_out, pointer_or(p.log_decay, p.beta),
+            pointer_or(runs.table, p.beta), adjoints, inner_after, mass_after,
             *p.grad_out.stride()[:3], *p.decay_strides,
-            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
+            p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, MASSES=p.at_once,
             DESCRIBED=p.describes(p.grad_out),
             **_without(_options(p, "causal_adjoint"), "D", "DP", "N", "YW", "LIFT"),
         )  # fmt: skip
-    return adjoints, inner_after
+    return adjoints, inner_after, mass_after
+
+
+def _block_gradients(
+    p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, inner_after: Tensor, mass_after: Tensor,
+    of_queries: tuple[Tensor, Tensor], of_keys: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, by blocks the gradient of beta), and of the hyperplanes' gradient the runs' parts."""
+    assert p.grad_out is not None
+    blocks, need_planes = _blocks(p, runs), of_queries[0].numel() > 0
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value))
+    of_beta = p.new(blocks.count, p.groups)
+    key_features, query_features, key_hashes, query_hashes = p.kept_rows()
+    grad_hashes = [_rows(p, p.keys, p.groups) if need_planes else key_hashes for _ in range(2)]
+    if runs.count * p.groups:
+        start(
+            causal_blocks.block_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
+            query_features, query_hashes, key_features, key_hashes, p.value, p.grad_out,
+            pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta),
+            before, _parts(p, runs, before), p.inner, p.marks, after, _parts(p, runs, after), inner_after, mass_after,
+            dq, dk, dv, *grad_hashes, of_beta,
+            *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides,
+            p.queries, runs.length, runs.per_row, p.groups, HAS_MASK=p.key_mask is not None, NEED_PLANES=need_planes,
+            **_without(_options(p, "causal_query_gradient"), "CH", "HAS_DECAY"),
+        )  # fmt: skip
+    if need_planes:
+        _planes(p, runs, p.query, grad_hashes[0], of_queries[0])
+        _planes(p, runs, p.key, grad_hashes[1], of_keys[0])
+    return dq, dk, dv, of_beta
 
 
 def _query_gradients(
@@ -135,7 +187,7 @@ def _split(shape: plan.Shape) -> bool:
 def _parts(p: Problem, runs: plan.Runs, states: Tensor) -> Tensor:
     """The value sums as the products of many buckets take them; any tensor where none does."""
     shape = p.shape
-    if not _split(shape):
+    if not (_split(shape) or p.at_once):
         return states
     assert p.features is not None
     parts = p.features.new_empty(max(runs.count, 1), p.groups, 2, shape.value_dim, shape.row)

@@ -157,6 +157,13 @@ def kept_features(
     return key.new_empty(size, dtype=torch.bfloat16 if shape.precision == "bf16" else torch.float32)
 
 
+def reads_out(query: Tensor, value: Tensor, hyperplanes: Tensor, log_decay: Tensor | None, causal: bool) -> bool:
+    """Whether the backward pass reads out."""
+    shape = shape_of(query, value, hyperplanes)
+    share = query.shape[2] // value.shape[2]
+    return not shape.narrow or (causal and shape.at_once(share, log_decay is not None))
+
+
 def kept_chunks(
     key: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, decay: bool, packed: bool, causal: bool,
     keep: bool = True,
@@ -285,7 +292,8 @@ class _Differentiable(torch.autograd.Function):
         *tensors, mass, value_sum, ctx.causal = inputs
         # The gradient of log_decay is anchored at the final state; nothing else needs that.
         final = output[1:3] if inputs[5] is not None else (None, None)
-        out = output[0] if output[4].numel() else None
+        query, value, hyperplanes, log_decay = inputs[0], inputs[2], inputs[3], inputs[5]
+        out = output[0] if reads_out(query, value, hyperplanes, log_decay, ctx.causal) else None
         ctx.save_for_backward(*tensors, *final, out, *output[3:])
         ctx.initial = None if mass is None else (mass.dtype, value_sum.dtype)
         ctx.set_materialize_grads(False)

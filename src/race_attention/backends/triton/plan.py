@@ -94,6 +94,11 @@ class Shape:
         """CH, the tokens of a chunk; 0 where programs carry the state along their run."""
         return CHUNKS[self.tile] if self.narrow and self.dtype != torch.float32 else 0
 
+    def at_once(self, share: int, decays: bool) -> bool:
+        """Whether one kernel works out a block's gradients of queries, keys and values; the backward pass reads out."""
+        fits = self.dtype == torch.bfloat16 or self.precision == "ieee"  # float16's operands would be two parts each
+        return self.chunk > 0 and self.tile == configs.TILE and fits and share == 1 and not decays
+
     def rows_of(self, tile: int) -> int:
         """N for tiles of so many buckets."""
         return power_of_two(max(1, min(self.tables, tile >> self.planes)) * self.planes, 16)

@@ -1,0 +1,126 @@
+"""The causal gradients of queries, keys and values of a block of tokens in one kernel, for heads of many buckets.
+
+Of :mod:`race_attention.backends.triton.causal_gradients` both kernels read the values, grad_out and both sides'
+buckets; this one reads them once and compares the tokens of a block once. It serves where blocks are chunks, each
+key's head has one of queries, and nothing decays. What the queries after a block give to the gradient of its masses
+must then be known before the queries' gradient: the adjoint pass adds it up from ``out``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .causal_adjoint import place_of
+from .causal_gradients import (
+    by_parts,
+    load_choice,
+    load_given,
+    load_unhash,
+    projection_gradients,
+    store_hashes,
+    token_gradient,
+)
+from .device import add_dot, as_given_dot, dot, keys_inside, operand, reciprocal, run_bounds, store_rows, whole_rows
+from .narrow import features_at, load_mass, rows_at
+from .projections import load_projections
+
+NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "vb", "vt", "vh", "ob", "ot", "oh", "mb", "mt", "mh"]
+
+
+@triton.jit(do_not_specialize=NEVER_SPECIALIZED)
+def block_gradient_kernel(
+    query_features, query_hashes, key_features, key_hashes, value, grad_out, key_mask, planes, beta, table,
+    before, before_parts, inner, marks, after, after_parts, inner_after, mass_after,
+    grad_query, grad_key, grad_value, grad_query_hashes, grad_key_hashes, beta_parts,
+    vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
+    mb: tl.int64, mt: tl.int64, mh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
+    C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, NEED_PLANES: tl.constexpr,
+):  # fmt: skip
+    """grad_query, grad_key and grad_value of a block, and its part of beta's gradient (programs: blocks * G)."""
+    S: tl.constexpr = L << P
+    FINE: tl.constexpr = N < 16 or PRECISION == "ieee"
+    block = tl.program_id(0) // G
+    head = tl.program_id(0) - block * G
+    per_run = (RUN // C).to(tl.int32)
+    run = block // per_run
+    first = (block - run * per_run) * C
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    count = (end - start).to(tl.int32)
+    if first >= count:
+        return
+    row_of_head = (batch * G + head) * T + start
+    query_features += row_of_head * SW
+    key_features += row_of_head * SW
+    value += whole_rows(batch * vb + head * vh + start * vt, ALIGNED)
+    grad_out += whole_rows(batch * ob + head * oh + start * ot, ALIGNED)
+    key_mask += batch * mb + head * mh + start * mt
+    place = place_of(run, batch, row, start + first, T, C, PACKED) * G + head
+    state = (run.to(tl.int64) * G + head) * (S * (V + 1))
+    parts = (run.to(tl.int64) * G + head) * (2 * V * SW)
+    c = tl.arange(0, C)
+    s = tl.arange(0, SP)
+    here = c < count - first
+    inside = keys_inside(key_mask, mt, first, count, C, HAS_MASK)
+    past = c[:, None] >= c[None, :]
+    phi_k = features_at(key_features, first, here, C, SP, SW)
+    seen = features_at(query_features, first, here, C, SP, SW)
+    v = rows_at(value, vt, first, inside, C, V, VP, ALIGNED)
+    do = rows_at(grad_out, ot, first, here, C, V, VP, ALIGNED)
+    b = tl.load(beta + head)
+    choice = load_choice(P, N, SP, FINE, PRECISION)
+    hashes = load_unhash(planes, head, L, P, D, DP, N, FINE, PRECISION)
+
+    # Queries: delta = grad_out . out of the weights as rounded, see query_gradient_kernel.
+    mass = load_mass(before + state, S, SP, V)
+    mass += tl.load(marks + place * (SW + 8) + s, mask=s < SW, other=0.0)
+    along = as_given_dot(do, tl.trans(v), PRECISION)  # grad_out_i . v_j
+    score = tl.where(past, dot(seen, tl.trans(phi_k), PRECISION), 0.0)
+    grad_phi = by_parts(
+        operand(do, PRECISION), before_parts + parts, inner + place * (V * SW), 1.0, V, VP, SP, SW, C, False
+    )
+    seen_now = seen.to(tl.float32)
+    if SP == C:  # one sum of each in place of two
+        delta = tl.sum(seen_now * grad_phi + score * along, 1)
+        total_weight = tl.sum(seen_now * mass[None, :] + score, 1)
+    else:
+        delta = tl.sum(seen_now * grad_phi, 1) + tl.sum(score * along, 1)
+        total_weight = tl.sum(seen_now * mass[None, :], 1) + tl.sum(score, 1)
+    delta *= reciprocal(total_weight)  # 1 but for roundings
+    weights = operand(score, PRECISION)
+    along = operand(tl.where(past, along - delta[:, None], 0.0), PRECISION)
+    grad_phi = add_dot(grad_phi - delta[:, None] * mass[None, :], along, phi_k, PRECISION)
+    y = load_projections(query_hashes + row_of_head * YW, first, here, C, N, YW)
+    grad_y, beta_sum = projection_gradients(grad_phi * seen_now, y, b, choice, C, N, SP, FINE, PRECISION)
+    if NEED_PLANES:
+        store_hashes(grad_query_hashes + row_of_head * YW, first, here, grad_y, C, N, YW)
+    to = ((batch * T + start) * G + head) * D
+    store_rows(grad_query + to, G * D, first, here, token_gradient(grad_y, hashes, C, N, FINE, PRECISION), C, D, DP)
+
+    # Keys: the gradient of the state after the block.
+    grad_mass = load_mass(after + state, S, SP, V)
+    grad_mass += tl.load(mass_after + place * SW + s, mask=s < SW, other=0.0)
+    high = load_given(after_parts + parts, V, VP, SP, SW)
+    low = load_given(after_parts + parts + V * SW, V, VP, SP, SW)
+    near = load_given(inner_after + place * (V * SW), V, VP, SP, SW)
+    values = operand(v, PRECISION)
+    grad_phi = dot(values, low, PRECISION)
+    grad_phi = add_dot(grad_phi, values, high, PRECISION)
+    grad_phi = add_dot(grad_phi, values, near, PRECISION)
+    grad_phi = add_dot(grad_phi + grad_mass[None, :], tl.trans(along), seen, PRECISION)
+    y = load_projections(key_hashes + row_of_head * YW, first, here, C, N, YW)
+    grad_y, more = projection_gradients(grad_phi * phi_k.to(tl.float32), y, b, choice, C, N, SP, FINE, PRECISION)
+    beta_sum += more
+    if NEED_PLANES:
+        store_hashes(grad_key_hashes + row_of_head * YW, first, here, grad_y, C, N, YW)
+    store_rows(grad_key + to, G * D, first, here, token_gradient(grad_y, hashes, C, N, FINE, PRECISION), C, D, DP)
+
+    dv = dot(phi_k, tl.trans(high), PRECISION)
+    dv = add_dot(dv, phi_k, tl.trans(near), PRECISION)
+    dv = add_dot(dv, tl.trans(weights), operand(do, PRECISION), PRECISION)
+    to = ((batch * T + start) * G + head) * V
+    store_rows(grad_value + to, G * V, first, here, dv, C, V, VP)
+    tl.store(beta_parts + place, tl.sum(tl.reshape(beta_sum, [C * N]), 0))
