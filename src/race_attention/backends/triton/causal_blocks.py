@@ -21,7 +21,18 @@ from .causal_gradients import (
     store_hashes,
     token_gradient,
 )
-from .device import add_dot, as_given_dot, dot, keys_inside, operand, reciprocal, run_bounds, store_rows, whole_rows
+from .device import (
+    add_dot,
+    as_given_dot,
+    ask_for,
+    dot,
+    keys_inside,
+    operand,
+    reciprocal,
+    run_bounds,
+    store_rows,
+    whole_rows,
+)
 from .narrow import features_at, load_mass, rows_at
 from .projections import load_projections
 
@@ -38,13 +49,14 @@ def block_gradient_kernel(
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, NEED_PLANES: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, NEED_PLANES: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """grad_query, grad_key and grad_value of a block, and its part of beta's gradient (programs: blocks * G)."""
     S: tl.constexpr = L << P
     FINE: tl.constexpr = N < 16 or PRECISION == "ieee"
-    block = tl.program_id(0) // G
-    head = tl.program_id(0) - block * G
+    heads = G.to(tl.int32)
+    block = tl.program_id(0) // heads
+    head = (tl.program_id(0) - block * heads).to(tl.int64)
     per_run = (RUN // C).to(tl.int32)
     run = block // per_run
     first = (block - run * per_run) * C
@@ -59,6 +71,8 @@ def block_gradient_kernel(
     grad_out += whole_rows(batch * ob + head * oh + start * ot, ALIGNED)
     key_mask += batch * mb + head * mh + start * mt
     place = place_of(run, batch, row, start + first, T, C, PACKED) * G + head
+    ask_for(inner + place * (V * SW), V * SW * 2, ASK)
+    ask_for(inner_after + place * (V * SW), V * SW * 2, ASK)
     state = (run.to(tl.int64) * G + head) * (S * (V + 1))
     parts = (run.to(tl.int64) * G + head) * (2 * V * SW)
     c = tl.arange(0, C)
@@ -70,6 +84,8 @@ def block_gradient_kernel(
     seen = features_at(query_features, first, here, C, SP, SW)
     v = rows_at(value, vt, first, inside, C, V, VP, ALIGNED)
     do = rows_at(grad_out, ot, first, here, C, V, VP, ALIGNED)
+    y = load_projections(query_hashes + row_of_head * YW, first, here, C, N, YW)
+    key_y = load_projections(key_hashes + row_of_head * YW, first, here, C, N, YW)
     b = tl.load(beta + head)
     choice = load_choice(P, N, SP, FINE, PRECISION)
     hashes = load_unhash(planes, head, L, P, D, DP, N, FINE, PRECISION)
@@ -93,7 +109,6 @@ def block_gradient_kernel(
     weights = operand(score, PRECISION)
     along = operand(tl.where(past, along - delta[:, None], 0.0), PRECISION)
     grad_phi = add_dot(grad_phi - delta[:, None] * mass[None, :], along, phi_k, PRECISION)
-    y = load_projections(query_hashes + row_of_head * YW, first, here, C, N, YW)
     grad_y, beta_sum = projection_gradients(grad_phi * seen_now, y, b, choice, C, N, SP, FINE, PRECISION)
     if NEED_PLANES:
         store_hashes(grad_query_hashes + row_of_head * YW, first, here, grad_y, C, N, YW)
@@ -111,8 +126,7 @@ def block_gradient_kernel(
     grad_phi = add_dot(grad_phi, values, high, PRECISION)
     grad_phi = add_dot(grad_phi, values, near, PRECISION)
     grad_phi = add_dot(grad_phi + grad_mass[None, :], tl.trans(along), seen, PRECISION)
-    y = load_projections(key_hashes + row_of_head * YW, first, here, C, N, YW)
-    grad_y, more = projection_gradients(grad_phi * phi_k.to(tl.float32), y, b, choice, C, N, SP, FINE, PRECISION)
+    grad_y, more = projection_gradients(grad_phi * phi_k.to(tl.float32), key_y, b, choice, C, N, SP, FINE, PRECISION)
     beta_sum += more
     if NEED_PLANES:
         store_hashes(grad_key_hashes + row_of_head * YW, first, here, grad_y, C, N, YW)

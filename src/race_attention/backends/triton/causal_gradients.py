@@ -17,6 +17,7 @@ from .device import (
     add_dot,
     add_fine_dot,
     as_given_dot,
+    ask_for,
     bfloat16_of,
     dot,
     fine_dot,
@@ -187,7 +188,7 @@ def query_gradient_kernel(
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """grad_query, and what each block's queries give to the gradient of the mass before it (programs: blocks * H).
 
@@ -199,7 +200,7 @@ def query_gradient_kernel(
     S: tl.constexpr = L << P
     TALL: tl.constexpr = SP >= 64
     H = G * SHARE
-    block = tl.program_id(0) // H
+    block = tl.program_id(0) // H.to(tl.int32)
     head = tl.program_id(0) - block * H
     group = head // SHARE
     per_run = (RUN // C).to(tl.int32) if CH > 0 else 1
@@ -221,6 +222,10 @@ def query_gradient_kernel(
     grad_hashes += ((batch * H + head) * T + start) * YW
     grad_query += ((batch * T + start) * H + head) * D
     place = place_of(run, batch, row, start + (first // CH * CH if CH > 0 else 0), T, CH, PACKED)
+    if CH > 0:
+        ask_for(query_hashes + first * YW, tl.minimum(count - first, C) * (YW * 2), ASK)
+        if SPLIT:
+            ask_for(inner + (place * G + group) * (V * SW), V * SW * 2, ASK)
     b = tl.load(beta + group)
     c = tl.arange(0, C)
     s = tl.arange(0, SP)
@@ -360,7 +365,7 @@ def key_gradient_kernel(
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value, and phi_k . grad phi_k of each key (programs: blocks * G).
 
@@ -370,7 +375,7 @@ def key_gradient_kernel(
     S: tl.constexpr = L << P
     TALL: tl.constexpr = SP >= 128  # never: fewer registers here
     H = G * SHARE
-    block = tl.program_id(0) // G
+    block = tl.program_id(0) // G.to(tl.int32)
     group = tl.program_id(0) - block * G
     per_run = (RUN // C).to(tl.int32) if CH > 0 else 1
     run = block // per_run
@@ -394,6 +399,10 @@ def key_gradient_kernel(
     of_keys += (batch * T + start) * G + group
     place = place_of(run, batch, row, start + (first // CH * CH if CH > 0 else 0), T, CH, PACKED)
     program = block_at(place, first, C, CH)
+    if CH > 0:
+        ask_for(key_hashes + first * YW, tl.minimum(count - first, C) * (YW * 2), ASK)
+        if SPLIT:
+            ask_for(inner_after + (place * H + group * SHARE) * (V * SW), SHARE * (V * SW * 2), ASK)
     b = tl.load(beta + group)
     c = tl.arange(0, C)
     s = tl.arange(0, SP)

@@ -12,7 +12,7 @@ from . import causal_adjoint, causal_blocks, causal_gradients, plan
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
 from .launch_causal import State, options
 from .launch_states import run_totals, scan
-from .start import start
+from .start import describes, start
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,12 @@ def _options(p: Problem, kernel: str) -> dict[str, Any]:
         # A product that goes into a sum over lanes is fused on one side of the exchange and rounded on the other, so
         # that lanes differ in the last bit, and all of them write: which one is read would be the hardware's choice.
         given["enable_fp_fusion"] = False
-    if p.at_once and kernel != "causal_adjoint":
+    if kernel == "causal_adjoint":
+        return given
+    given["ASK"] = describes(p.query.device)  # the same devices
+    if p.at_once:
         given["C"] = p.shape.chunk
-    elif p.shape.chunk and kernel != "causal_adjoint":
+    elif p.shape.chunk:
         given["C"] = min(options(p, name)["C"] for name in ("causal_query_gradient", "causal_key_gradient"))
     return given
 
