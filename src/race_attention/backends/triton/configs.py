@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,8 +83,8 @@ _MEASURED: dict[str, dict[int, tuple[int, ...]]] = {
     "causal_key_states": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 2)},
     "causal_readout": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
     "causal_adjoint": {16: (64, 4, 3), 32: (64, 4, 2), 64: (64, 4, 2)},
-    "causal_query_gradient": {16: (64, 4, 2), 32: (64, 4, 2, 168), 64: (64, 4, 2)},
-    "causal_key_gradient": {16: (64, 4, 2), 32: (64, 4, 2, 168), 64: (64, 4, 2)},
+    "causal_query_gradient": {16: (64, 4, 2, 128), 32: (64, 4, 2, 168), 64: (64, 4, 2)},
+    "causal_key_gradient": {16: (64, 4, 2, 128), 32: (64, 4, 2, 168), 64: (64, 4, 2)},
     "full_accumulate": {16: (64, 4, 3), 32: (64, 4, 3), 64: (128, 8, 3)},
     "full_readout": {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 4)},
     "full_query_gradient": {16: (64, 4, 2), 32: (64, 4, 2), 64: (128, 8, 1)},
@@ -92,9 +92,16 @@ _MEASURED: dict[str, dict[int, tuple[int, ...]]] = {
 }
 
 
+#: Where a decay or grouped queries need more registers, a limit below this one spills.
+MORE_REGISTERS = 168
+
+
 def _default(kernel: str, dim: int, buckets: int, dtype: torch.dtype) -> Config:
     if dtype != torch.float32:
-        return Config(*_MEASURED[kernel][buckets]) if dim <= 128 else Config(32, 8, 1)
+        measured = Config(*_MEASURED[kernel][buckets]) if dim <= 128 else Config(32, 8, 1)
+        if dtype == torch.float16 and 0 < measured.registers < MORE_REGISTERS:
+            return replace(measured, registers=0)  # its products in two parts spill
+        return measured
     return Config(16, 4, 1) if dim <= 64 else Config(16, 8, 1)  # blocks of 32 make ptxas give up on registers
 
 

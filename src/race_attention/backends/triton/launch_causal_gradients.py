@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import causal_adjoint, causal_blocks, causal_gradients, plan
+from .configs import MORE_REGISTERS
 from .launch import ParameterSums, Problem, at_the_end, pointer_or
 from .launch_causal import State, options
 from .launch_states import run_totals, scan
@@ -87,6 +88,8 @@ def _options(p: Problem, kernel: str) -> dict[str, Any]:
     if kernel == "causal_adjoint":
         return given
     given["ASK"] = describes(p.query.device)  # the same devices
+    if "maxnreg" in given and (p.share > 1 or p.log_decay is not None):
+        given["maxnreg"] = max(given["maxnreg"], MORE_REGISTERS)
     if p.at_once:
         given["C"] = p.shape.chunk
     elif p.shape.chunk:
