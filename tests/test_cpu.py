@@ -541,3 +541,21 @@ def test_the_operator_itself_checks_what_the_library_would_read(place, change, s
     given[place] = change(given[place])
     with pytest.raises(ValueError, match=says):
         torch.ops.race_attention.cpu_forward(*given)
+
+
+@pytest.mark.parametrize("mode", ["torch.inference_mode()", "torch.device('meta')", "torch.no_grad()"])
+def test_the_first_call_decides_nothing_for_those_after(mode):
+    """A model that is looked at before it is trained: what the module keeps must not be of the first call's mode."""
+    done = in_a_process(f"""
+        import torch
+        from race_attention import race_attention
+        from race_attention.testing import make_inputs
+        inputs, learned = (make_inputs(causal=True, requires_grad=wanted) for wanted in (False, True))
+        with {mode}:
+            first = race_attention(**inputs, backend="cpu")
+        out = race_attention(**learned, backend="cpu")
+        assert torch.equal(out, first)
+        out.sum().backward()
+        assert learned["query"].grad.any()
+    """)
+    assert done.returncode == 0, done.stderr

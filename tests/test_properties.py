@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from race_attention import race_attention
+from race_attention import BackendWarning, race_attention
 from race_attention.testing import BUDGETS, assert_within_budget, leaves, make_inputs, oracle
 from tests.helpers import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, backend_params, in_double, skip_unless_runnable
 
@@ -307,3 +307,39 @@ def test_float16_and_others_share_the_hash(backend, dtype):
     inputs = make_inputs(dtype=dtype, device=backend.device, beta=1.2345678)
     out = race_attention(**inputs, backend=backend.name)
     assert_within_budget(out, oracle(**in_double(inputs)), dtype)
+
+
+DERIVED = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).double().square().sum())(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).double().square().sum())(x),
+    "dual": lambda f, x: _tangent(f, x),
+}
+
+
+def _tangent(function, x):
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        function(x)  # a level is entered, and nothing of it concerns this call
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@ALL
+@pytest.mark.parametrize("how", DERIVED)
+def test_other_derivatives_are_right_or_refused(backend, dtype, how):
+    """Forward mode through an operator with a backward pass alone would be zero without a word."""
+    skip_unless_runnable(backend)
+    inputs = make_inputs(causal=True, decay="token", dtype=dtype, device=backend.device)
+    given = inputs.pop("beta")
+
+    def by(name):
+        return DERIVED[how](lambda beta: race_attention(**inputs, beta=beta, backend=name), given)
+
+    if backend.name == "reference":
+        assert by("reference").abs().sum() > 0
+        return
+    with pytest.raises(ValueError, match=r"backend: got .* derivatives in forward mode and those of torch.func"):
+        by(backend.name)
+    with pytest.warns(BackendWarning, match="derivatives in forward mode"):
+        assert_within_budget(by("auto"), by("reference"), dtype, "backward")

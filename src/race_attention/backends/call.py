@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,23 @@ class Call:
     def rows(self) -> int:
         """Sequences: the batch, or the packed ones."""
         return self.query.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def differentiated_otherwise(self) -> bool:
+        """Whether somebody wants derivatives that operators with a backward pass of first order do not give.
+
+        These are forward mode and torch.func's grad and jvp. torch does not refuse forward mode through such an
+        operator: the derivative would be zero without a word. vmap is another matter, and served.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        if torch._C._functorch.maybe_current_level() is not None:
+            stack = torch._C._functorch.get_interpreter_stack() or ()
+            return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+        if forward_ad._current_level < 0:
+            return False
+        tensors = (x for x in vars(self).values() if isinstance(x, Tensor))
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+#: What a backend says of a call that is ``differentiated_otherwise``.
+OTHERWISE = "derivatives in forward mode and those of torch.func are the reference's alone"

@@ -20,7 +20,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from . import cpu_library
-from .call import Call
+from .call import OTHERWISE, Call
 
 _STORES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16)}  # code, bits
@@ -33,7 +33,6 @@ _INPUTS = (
     "Tensor? cu_seqlens, Tensor? cu_seqlens_key, Tensor? initial_mass, Tensor? initial_value_sum, bool causal"
 )
 _NO_TOKENS, _NO_STATE = (0,) * 5, (0,) * 11
-_NOTHING = torch.empty(0)
 
 #: Why the library cannot be used, or None. A constant, which torch.compile can see through; this module is imported
 #: when a call asks for it.
@@ -51,6 +50,8 @@ def why_not(call: Call) -> str | None:
     buckets = call.hyperplanes.shape[1] << call.hyperplanes.shape[2]
     if buckets > _MOST_BUCKETS:
         return f"it serves at most {_MOST_BUCKETS} buckets, not {buckets}"
+    if call.differentiated_otherwise():
+        return OTHERWISE
     return _NOT_LOADED
 
 
@@ -159,28 +160,31 @@ def _forward_results(
     return out, mass, value_sum, hyperplanes.new_empty(saved if causal and save else (0,))
 
 
-def _leanest_results(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same, with one tensor in the place of all that hold nothing: a new one takes 3 us."""
+def _leanest_results(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The same, with None in the place of all that hold nothing: a new tensor takes 3 us.
+
+    One tensor for all calls would be of the mode that the first call is made in, torch.inference_mode for example.
+    """
     query, value, hyperplanes = arguments[0], arguments[2], arguments[3]
     *_, causal, return_state, save = arguments
     batch, length, heads, _ = query.shape
     long = length * batch >= run_length(hyperplanes.shape[1] << hyperplanes.shape[2])
     if return_state or (causal and save and long):
         return _forward_results(*arguments)
-    return _tokens_like(query, batch, length, heads, value.shape[3]), _NOTHING, _NOTHING, _NOTHING
+    return _tokens_like(query, batch, length, heads, value.shape[3]), None, None, None
 
 
-def _gradients(inputs: Sequence[Any], wanted: Sequence[bool], nothing: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The results of cpu_backward, of size 0 (or all of them ``nothing``) where not wanted.
+def _gradients(inputs: Sequence[Any], wanted: Sequence[bool], lean: bool = False) -> tuple[Any, ...]:
+    """The results of cpu_backward, of size 0 (or None where ``lean``) where not wanted.
 
     Uninitialised but for those of hyperplanes and beta, which no row writes where there is none.
     """
     query, key, value, hyperplanes, beta, log_decay, _, _, _, mass, value_sum = inputs[:11]
     tensors = (query, key, value, hyperplanes, beta, log_decay, mass, value_sum)
-    results = []
+    results: list[Tensor | None] = []
     for place, (x, want) in enumerate(zip(tensors, wanted, strict=True)):
         if x is None or not want:
-            results.append(query.new_empty((0,)) if nothing is None else nothing)
+            results.append(None if lean else query.new_empty((0,)))
         elif place < 3:
             results.append(_tokens_like(x, *x.shape))
         else:
@@ -219,21 +223,23 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return results
 
 
-def _forward_checked(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_checked(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The same for inputs that the public call has checked a moment ago."""
     results = _leanest_results(*arguments)
     _call_forward(_readable(arguments[:12]), arguments[12], results)
     return results
 
 
-def _call_forward(inputs: Sequence[Any], return_state: bool, results: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _call_forward(
+    inputs: Sequence[Any], return_state: bool, results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+) -> None:
     out, mass, value_sum, saved = results
     fields = [
         *_common(inputs),
         *_tokens(out),
-        mass.data_ptr() if return_state else 0,
-        value_sum.data_ptr() if return_state else 0,
-        saved.data_ptr(),
+        _pointer(mass) if return_state else 0,
+        _pointer(value_sum) if return_state else 0,
+        _pointer(saved),
         *_NO_TOKENS,
         *_NO_STATE,
         *(_NO_TOKENS * 3),
@@ -250,15 +256,15 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward_checked(*arguments: Any) -> tuple[Tensor, ...]:
     """The same for inputs that were checked before the forward, and which autograd has watched since."""
-    results = _gradients(arguments[:12], arguments[16], _NOTHING)
+    results = _gradients(arguments[:12], arguments[16], lean=True)
     _call_backward(_readable(arguments[:12]), results, *arguments[12:])
     return results
 
 
 def _call_backward(
     inputs: Sequence[Any],
-    results: tuple[Tensor, ...],
-    saved: Tensor,
+    results: tuple[Any, ...],
+    saved: Tensor | None,
     grad_out: Tensor | None,
     grad_mass: Tensor | None,
     grad_value_sum: Tensor | None,
@@ -275,13 +281,13 @@ def _call_backward(
         *_NO_TOKENS,
         0,
         0,
-        saved.data_ptr(),
+        _pointer(saved),
         *_tokens(grad_out),
         *_state(grad_mass, grad_value_sum),
         *(_tokens(dq) if wanted[0] else _NO_TOKENS),
         *(_tokens(dk) if wanted[1] else _NO_TOKENS),
         *(_tokens(dv) if wanted[2] else _NO_TOKENS),
-        *(x.data_ptr() for x in (dplanes, dbeta, ddecay, dmass, dvalue_sum)),
+        *map(_pointer, (dplanes, dbeta, ddecay, dmass, dvalue_sum)),
     ]
     cpu_library.load().call(True, fields)
 
@@ -387,6 +393,10 @@ def _common(inputs: Sequence[Any]) -> list[int]:
     ]
 
 
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _tokens(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride())
 
@@ -402,7 +412,7 @@ def _state(mass: Tensor | None, value_sum: Tensor | None) -> tuple[int, ...]:
 # ---- autograd --------------------------------------------------------------------------------------------------
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     ctx.set_materialize_grads(False)
     tensors = inputs[:11]
     ctx.given = [x is not None for x in tensors]
@@ -416,9 +426,11 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_
     inputs = [next(left) if given else None for given in ctx.given]
     needs = ctx.needs_input_grad
     wanted = [bool(needs[n]) for n in (0, 1, 2, 3, 4, 5, 9, 10)]
-    arguments = (*inputs, ctx.causal, saved, grad_out, grad_mass, grad_sum, wanted)
     # With gradients switched on somebody wants second derivatives: the operator refuses.
     plain = not torch.is_grad_enabled() and _plain((*tensors, grad_out, grad_mass, grad_sum))
+    if saved is None and not plain:
+        saved = tensors[0].new_empty(0)
+    arguments = (*inputs, ctx.causal, saved, grad_out, grad_mass, grad_sum, wanted)
     grads = _backward_checked(*arguments) if plain else torch.ops.race_attention.cpu_backward(*arguments)
     query, key, value, planes, beta, decay, mass, value_sum = (
         grad if want else None for grad, want in zip(grads, wanted, strict=True)

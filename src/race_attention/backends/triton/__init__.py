@@ -26,7 +26,7 @@ import os
 import torch
 from torch import Tensor
 
-from race_attention.backends.call import Call
+from race_attention.backends.call import OTHERWISE, Call
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DIM, MOST_BUCKETS = 256, 1024
@@ -53,6 +53,8 @@ def why_not(call: Call) -> str | None:
         return f"there are {tables << planes} buckets a head, allowed are at most {MOST_BUCKETS}"
     if call.causal and query.shape[1] != call.key.shape[1]:
         return "causal needs as many queries as keys"
+    if call.differentiated_otherwise():
+        return OTHERWISE
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from race_attention.backends.call import Call
 
@@ -42,6 +43,8 @@ def _unwatched(tensors: Sequence[Tensor | None]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_function_stack():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return _PLAIN.issuperset(map(type, tensors))
 
