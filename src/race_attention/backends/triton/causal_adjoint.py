@@ -135,13 +135,20 @@ def adjoint_kernel(
 
 @triton.jit
 def parts_kernel(
-    states, parts, S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    states, others, parts, S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
 ):  # fmt: skip
-    """The value sums of states in two parts of bfloat16, transposed, [runs, G, 2, V, SW] (programs: runs * G)."""
+    """The value sums of states in two parts of bfloat16, transposed, [1 or 2, runs, G, 2, V, SW].
+
+    Programs: runs * G, and 1 for ``states`` or 2 for ``others`` as well.
+    """
     program = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SP)
     v = tl.arange(0, VP)
-    sums = load_sums(states + program * (S * (V + 1)), 0, S, SP, V, VP, False)
+    if tl.program_id(1) == 0:
+        sums = load_sums(states + program * (S * (V + 1)), 0, S, SP, V, VP, False)
+    else:
+        sums = load_sums(others + program * (S * (V + 1)), 0, S, SP, V, VP, False)
+    program += tl.program_id(1).to(tl.int64) * tl.num_programs(0)
     at = (parts + program * (2 * V * SW)) + (v[:, None] * SW + s[None, :])
     mask = (v < V)[:, None] & (s < SW)[None, :]
     high = sums.to(parts.dtype.element_ty)

@@ -382,6 +382,10 @@ def key_gradient_kernel(
     first = (block - run * per_run) * C
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
     count = (end - start).to(tl.int32)
+    if CH > C:
+        if (first >= count) & (first // CH * CH < count):  # the rest of a row's last chunk
+            rest = block_at(place_of(run, batch, row, start + first // CH * CH, T, CH, PACKED), first, C, CH)
+            tl.store(beta_parts + rest * G + group, 0.0)
     if first >= count:
         return
     query_features += ((batch * H + group * SHARE) * T + start) * SW

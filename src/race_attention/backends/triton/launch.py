@@ -24,6 +24,8 @@ class Problem:
     ``out``, ``features``, buckets and projections (see ``ops.kept_features``), and ``inner``, ``marks`` and ``fades``
     of chunks (see :mod:`race_attention.backends.triton.plan`). Where buckets fill several tiles ``inner`` is what
     rounding took from out (see ``ops.kept_residual``). Without ``keep`` there is no backward pass.
+    ``watched`` results have the shapes that the operators promise, and are the same every time, all of them. Without
+    ``final`` the state that comes out of a pass is not wanted.
     """
 
     query: Tensor
@@ -45,6 +47,8 @@ class Problem:
     marks: Tensor | None = None
     fades: Tensor | None = None
     keep: bool = True
+    watched: bool = True
+    final: bool = True
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value = map(_unit_stride, (self.query, self.key, self.value))
@@ -60,7 +64,8 @@ class Problem:
 
     def runs(self, of_keys: bool) -> plan.Runs:
         tokens, bounds = (self.keys, self.key_bounds) if of_keys else (self.queries, self.bounds)
-        return plan.runs_of(self.batch, tokens, self.groups, *plan.run_lengths(self.shape, self.causal), bounds)
+        lengths, extra = plan.run_lengths(self.shape, self.causal), plan.extra_runs(self.shape, self.causal)
+        return plan.runs_of(self.batch, tokens, self.groups, *lengths, bounds, extra)
 
     def options(self, kernel: str, *, tiles: bool) -> dict[str, Any]:
         """The compile-time arguments and the configuration of a kernel."""
@@ -152,11 +157,16 @@ def pointer_or(x: Tensor | None, stand_in: Tensor) -> Tensor:
 
 
 class ParameterSums:
-    """Parts of the gradients of hyperplanes and beta, one for each program of the queries' and of the keys' pass."""
+    """Parts of the gradients of hyperplanes and beta, one for each program of the queries' and of the keys' pass.
+
+    Beta's of the keys, or of both sides together, may come by blocks instead: ``blocks`` [blocks, G], ``of_both``.
+    """
 
     def __init__(self, problem: Problem, need_planes: bool) -> None:
         self.problem, self.need_planes = problem, need_planes
         self.of_queries = self.of_keys = (0, problem.beta, problem.beta)
+        self.blocks: Tensor | None = None
+        self.of_both = False
 
     def parts(self, runs: plan.Runs, heads: int) -> tuple[Tensor, Tensor]:
         """Room for the parts of runs * heads programs: the queries' pass first, then the keys'; or one of them."""
@@ -178,10 +188,12 @@ class ParameterSums:
         planes, beta = p.new(*size) if self.need_planes else p.new(0), p.new(p.groups)
         of_planes = -(-size[1] * size[2] * size[3] // REDUCED) if self.need_planes else 0
         queries, keys = self.of_queries, self.of_keys
+        blocks, count = (keys[2], keys[0]) if self.blocks is None else (self.blocks, self.blocks.shape[0])
         start(
-            reduce.parameters_kernel, (p.groups, 1 + of_planes), *queries[1:], *keys[1:], planes, beta,
-            queries[0], keys[0], p.groups, SHARE=p.share, L=shape.tables, P=shape.planes, D=shape.dim, N=shape.rows,
-            SP=shape.tile, NS=shape.tiles, RT=64, E=REDUCED, NEED_PLANES=self.need_planes, num_warps=4,
+            reduce.parameters_kernel, (p.groups, 1 + of_planes), *queries[1:], keys[1], blocks, planes, beta,
+            queries[0], keys[0], 0 if self.of_both else queries[0], count, p.groups, SHARE=p.share, L=shape.tables,
+            P=shape.planes, D=shape.dim, N=shape.rows, SP=shape.tile, NS=shape.tiles, RT=64, E=REDUCED,
+            NEED_PLANES=self.need_planes, num_warps=4,
         )  # fmt: skip
         return planes, beta
 
@@ -190,6 +202,8 @@ def at_the_end(p: Problem, final: tuple[Any, Any], grad_final: tuple[Any, Any]) 
     """The inner product of the final state with its gradient, [rows, G]: what the last log decay multiplies."""
     if p.log_decay is None:
         return p.beta  # not read
+    if grad_final == (None, None):
+        return p.new(p.rows, p.groups).zero_()
     total = p.new(p.rows, p.groups, dtype=torch.float64).zero_()
     for state, grad in zip(final, grad_final, strict=True):
         if grad is not None:

@@ -20,9 +20,11 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """(out, final mass, final value_sum, the state before each run); fills ``p.features``."""
     runs = p.runs(of_keys=True)
     parts, totals = _key_states(p, runs)
-    before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
-    if p.keep:
+    if p.watched:
+        before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
         clear_spare(before, runs)
+    else:  # of packed sequences one more, which finish_kernel reads behind an empty run
+        before = p.new(max(runs.count + (runs.table is not None), 1), p.groups, p.shape.state_size)
     mass, value_sum = scan(p, runs, parts, totals, before, initial)
     return readout(p, runs, before), mass, value_sum, before
 

@@ -15,6 +15,9 @@ from .launch_causal import State, options
 from .launch_states import run_totals, scan
 from .start import describes, start
 
+#: Blocks of a head whose parts of beta's gradient are added up at once, and not first by runs.
+FEW_BLOCKS = 256
+
 
 @dataclass(frozen=True)
 class _Blocks:
@@ -55,7 +58,10 @@ def backward(
     initial = scan(p, runs, adjoints, run_totals(p, runs), after, grad_final, share=p.share, reverse=True)
     del adjoints
     dk, dv, decay, of_beta = _key_gradients(p, runs, after, inner_after, masses, deltas, of_keys)
-    _finish(p, runs, kept, after, at_the_end(p, final, grad_final), decay, of_beta, of_keys[1])
+    if _few_blocks(p, runs):
+        sums.blocks = of_beta
+    else:
+        _finish(p, runs, kept, after, at_the_end(p, final, grad_final), decay, of_beta, of_keys[1])
     return dq, dk, dv, decay, initial
 
 
@@ -74,7 +80,10 @@ def _backward_at_once(
         of_keys[1].zero_()
     dq, dk, dv, of_beta = _block_gradients(p, runs, kept, after, inner_after, mass_after, of_queries, of_keys)
     no_decay = p.new(0)
-    _finish(p, runs, kept, after, p.beta, no_decay, of_beta, of_queries[1])
+    if _few_blocks(p, runs):
+        sums.blocks, sums.of_both = of_beta, True
+    else:
+        _finish(p, runs, kept, after, p.beta, no_decay, of_beta, of_queries[1])
     return dq, dk, dv, no_decay, initial
 
 
@@ -141,12 +150,13 @@ def _block_gradients(
     of_beta = p.new(blocks.count, p.groups)
     key_features, query_features, key_hashes, query_hashes = p.kept_rows()
     grad_hashes = [_rows(p, p.keys, p.groups) if need_planes else key_hashes for _ in range(2)]
+    before_parts, after_parts = _parts(p, runs, before, after)
     if runs.count * p.groups:
         start(
             causal_blocks.block_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
             query_features, query_hashes, key_features, key_hashes, p.value, p.grad_out,
             pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta),
-            before, _parts(p, runs, before), p.inner, p.marks, after, _parts(p, runs, after), inner_after, mass_after,
+            before, before_parts, p.inner, p.marks, after, after_parts, inner_after, mass_after,
             dq, dk, dv, *grad_hashes, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides,
             p.queries, runs.length, runs.per_row, p.groups, HAS_MASK=p.key_mask is not None, NEED_PLANES=need_planes,
@@ -175,7 +185,7 @@ def _query_gradients(
             causal_gradients.query_gradient_kernel, (runs.count * blocks.per_run * p.heads,),
             hashes, seen, p.features, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
             pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before,
-            _parts(p, runs, before), p.inner, p.marks, p.fades, masses, deltas, dq, grad_hashes, of_beta,
+            *_parts(p, runs, before), p.inner, p.marks, p.fades, masses, deltas, dq, grad_hashes, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, HAS_MASK=p.key_mask is not None,
             NEED_PLANES=need_planes, SPLIT=_split(p.shape), **_options(p, "causal_query_gradient"),
@@ -190,19 +200,20 @@ def _split(shape: plan.Shape) -> bool:
     return shape.chunk > 0 and shape.tile >= 64 and shape.dtype == torch.bfloat16 and shape.precision == "bf16"
 
 
-def _parts(p: Problem, runs: plan.Runs, states: Tensor) -> Tensor:
-    """The value sums as the products of many buckets take them; any tensor where none does."""
+def _parts(p: Problem, runs: plan.Runs, *states: Tensor) -> tuple[Tensor, ...]:
+    """Of one or two, the value sums as the products of many buckets take them; any tensor where none does."""
     shape = p.shape
     if not (_split(shape) or p.at_once):
         return states
     assert p.features is not None
-    parts = p.features.new_empty(max(runs.count, 1), p.groups, 2, shape.value_dim, shape.row)
+    parts = p.features.new_empty(len(states), max(runs.count, 1), p.groups, 2, shape.value_dim, shape.row)
     if runs.count * p.groups:
         start(
-            causal_adjoint.parts_kernel, (runs.count * p.groups,), states, parts, S=shape.buckets, SP=shape.tile,
-            SW=shape.row, V=shape.value_dim, VP=plan.power_of_two(shape.value_dim, 16), num_warps=8,
+            causal_adjoint.parts_kernel, (runs.count * p.groups, len(states)), states[0], states[-1], parts,
+            S=shape.buckets, SP=shape.tile, SW=shape.row, V=shape.value_dim,
+            VP=plan.power_of_two(shape.value_dim, 16), num_warps=8,
         )  # fmt: skip
-    return parts
+    return parts.unbind()
 
 
 def _planes(p: Problem, runs: plan.Runs, x: Tensor, grad_hashes: Tensor, parts: Tensor) -> None:
@@ -263,7 +274,7 @@ def _key_gradients(
             causal_gradients.key_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
             seen, p.features, hashes, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
             pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), after,
-            _parts(p, runs, after), inner_after, *masses, p.fades, deltas, dk, dv, of_keys, grad_hashes, of_beta,
+            *_parts(p, runs, after), inner_after, *masses, p.fades, deltas, dk, dv, of_keys, grad_hashes, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, HAS_MASK=p.key_mask is not None,
             NEED_PLANES=need_planes, SPLIT=_split(p.shape), **_options(p, "causal_key_gradient"),
@@ -271,6 +282,12 @@ def _key_gradients(
     if need_planes:
         _planes(p, runs, p.key, grad_hashes, parts[0])
     return dk, dv, of_keys, of_beta
+
+
+def _few_blocks(p: Problem, runs: plan.Runs) -> bool:
+    """Whether :func:`_finish` can be left out: nothing decays, each block has left its part, and there are few."""
+    few = p.shape.chunk > 0 and _blocks(p, runs).count <= FEW_BLOCKS
+    return few and p.log_decay is None and p.bounds is None
 
 
 def _finish(

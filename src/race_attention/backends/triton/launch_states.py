@@ -13,6 +13,15 @@ from .start import start
 
 #: Runs and elements of a state that one program of the scan takes at a time.
 SCAN_RUNS, SCAN_ELEMENTS = 64, 32
+#: Where a row has no more runs than this, as most packed sequences have: likewise.
+FEW_RUNS, FEW_RUNS_ELEMENTS = 8, 256
+
+
+def _tile(runs: plan.Runs) -> tuple[int, int]:
+    """Runs and elements that a program takes at a time."""
+    if (runs.table is not None or runs.per_row <= FEW_RUNS) and FEW_RUNS < SCAN_RUNS:
+        return FEW_RUNS, FEW_RUNS_ELEMENTS
+    return SCAN_RUNS, SCAN_ELEMENTS
 
 
 def scan(
@@ -28,23 +37,28 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Fills ``before`` with the state before each run (causal) or of each row, and returns the final (mass, value_sum).
 
-    ``reverse`` mirrors it for adjoints. States inside are lifted; those of the interface are not.
+    Without ``problem.final`` those are empty. ``reverse`` mirrors it for adjoints. States inside are lifted; those of
+    the interface are not.
     """  # fmt: skip
     p, shape = problem, problem.shape
     lift = 2.0 ** (shape.lift * shape.planes)
-    mass = p.new(p.rows, p.groups, shape.tables, 1 << shape.planes, dtype=torch.float64)
-    value_sum = p.new(*mass.shape, shape.value_dim, dtype=torch.float64)
+    size = p.rows, p.groups, shape.tables, 1 << shape.planes
+    sizes = size, (*size, shape.value_dim)
+    mass, value_sum = (p.new(*(x if p.final else (0,)), dtype=torch.float64) for x in sizes)
     given = [None if x is None else x.contiguous() for x in initial]
     if (given[0] is None) != (given[1] is None):
-        given = [torch.zeros_like(made) if x is None else x for x, made in zip(given, (mass, value_sum), strict=True)]
+        given = [
+            p.new(*made, dtype=torch.float64).zero_() if x is None else x for x, made in zip(given, sizes, strict=True)
+        ]
     if p.rows * p.groups:
+        tile, elements = _tile(runs)
         start(
-            states.scan_kernel, (p.rows * p.groups, -(-shape.state_size // SCAN_ELEMENTS)),
+            states.scan_kernel, (p.rows * p.groups, -(-shape.state_size // elements)),
             parts, before, totals, pointer_or(runs.first, p.beta), pointer_or(given[0], mass),
             pointer_or(given[1], value_sum), mass, value_sum, 1.0 / lift if reverse else lift, p.groups, runs.per_row,
-            SHARE=share, S=shape.buckets, V=shape.value_dim, RT=SCAN_RUNS, E=SCAN_ELEMENTS,
+            SHARE=share, S=shape.buckets, V=shape.value_dim, RT=tile, E=elements,
             CAUSAL=p.causal, REVERSE=reverse, PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None,
-            HAS_IN=given[0] is not None, HAS_OUT=True, num_warps=4,
+            HAS_IN=given[0] is not None, HAS_OUT=p.final, num_warps=4,
         )  # fmt: skip
     return mass, value_sum
 

@@ -126,7 +126,7 @@ def kept_states(query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, ca
     count = rows
     if causal:
         longest = plan.causal_run_lengths(shape)[1]
-        count = plan.capacity(query.shape[0], query.shape[1], rows, int(groups), longest)
+        count = plan.capacity(query.shape[0], query.shape[1], rows, int(groups), longest, plan.extra_runs(shape))
     return query.new_empty(count, groups, shape.state_size, dtype=torch.float32)
 
 

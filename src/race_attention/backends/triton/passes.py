@@ -21,15 +21,17 @@ def _launches_of(problem: Problem, narrow: ModuleType) -> ModuleType:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None,
     key_mask: Tensor | None, bounds: Tensor | None, key_bounds: Tensor | None, mass: Tensor | None,
-    value_sum: Tensor | None, causal: bool, keep: bool = True,
+    value_sum: Tensor | None, causal: bool, keep: bool = True, watched: bool = True,
+    final: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What the operator ``triton_forward`` returns: out, final mass and value_sum, and what the backward pass reads.
 
-    Without ``keep`` some of the last is not computed, and holds anything.
+    Without ``keep`` some of the last is not computed, and holds anything; not ``watched``, it is as small as can be.
+    Without ``final`` the final state is empty.
     """
     shape = shape_of(query, value, hyperplanes)
     p = Problem(query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape)
-    p.keep = keep
+    p.keep, p.watched, p.final = keep, watched, final
     p.inverses = kept_inverses(query, value, hyperplanes, causal)
     p.features = kept_features(query, key, value, hyperplanes, causal, keep)
     p.inner, p.marks, p.fades = kept_chunks(
@@ -46,9 +48,9 @@ def backward(
     value: Tensor, hyperplanes: Tensor, beta: Tensor, log_decay: Tensor | None, key_mask: Tensor | None,
     bounds: Tensor | None, key_bounds: Tensor | None, final_mass: Tensor | None, final_value_sum: Tensor | None,
     out: Tensor | None, kept: Tensor, inverses: Tensor, features: Tensor,
-    inner: Tensor, marks: Tensor, fades: Tensor, causal: bool, need_planes: bool,
+    inner: Tensor, marks: Tensor, fades: Tensor, causal: bool, need_planes: bool, final: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What the operator ``triton_backward`` returns.
+    """What the operator ``triton_backward`` returns; without ``final`` the gradient of the initial state is empty.
 
     From the queries comes the gradient of the state before each run, and, after the scan over those, that of the keys.
     """
@@ -57,6 +59,7 @@ def backward(
         query, key, value, hyperplanes, beta, log_decay, key_mask, bounds, key_bounds, causal, shape, grad_out,
         out, inverses, features, inner, marks, fades,
     )  # fmt: skip
+    p.final = final
     with on(query.device):
         sums = ParameterSums(p, need_planes)
         dq, dk, dv, decay, initial = _launches_of(p, launch_causal_gradients).backward(

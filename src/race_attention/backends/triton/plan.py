@@ -31,7 +31,8 @@ from torch import Tensor
 
 from . import configs
 
-#: States of at most this many more runs than long runs need are kept, so that short inputs fill a GPU too.
+#: States of at most this many more runs than long runs need are kept, so that short inputs fill a GPU too. Half as many
+#: where a causal call has large states, each as much as 64 tokens: two programs a multiprocessor are all that fit.
 EXTRA_RUNS = 512
 #: CH, tokens of a chunk of 16-bit inputs, by buckets of a tile. As short as a block, no block of the gradients' has to
 #: take up another; but a state of S = 64 is then as much as a tensor's chunk, and memory bounds the few buckets.
@@ -195,9 +196,14 @@ class Runs:
     first: Tensor | None
 
 
-def capacity(batch: int, tokens: int, rows: int, groups: int, longest: int) -> int:
+def extra_runs(shape: Shape, causal: bool = True) -> int:
+    """See EXTRA_RUNS."""
+    return EXTRA_RUNS // 2 if causal and shape.narrow and shape.tile >= 64 else EXTRA_RUNS
+
+
+def capacity(batch: int, tokens: int, rows: int, groups: int, longest: int, extra: int) -> int:
     """Runs to keep room for. Linear in ``tokens // longest``: no branch on a length."""
-    return rows + batch * (tokens // longest) + max(1, EXTRA_RUNS // groups)
+    return rows + batch * (tokens // longest) + max(1, extra // groups)
 
 
 def chunk_places(batch: int, tokens: int, rows: int, chunk: int, packed: bool) -> int:
@@ -207,10 +213,12 @@ def chunk_places(batch: int, tokens: int, rows: int, chunk: int, packed: bool) -
     return tokens // chunk + rows if packed else batch * -(-tokens // chunk)
 
 
-def runs_of(batch: int, tokens: int, groups: int, shortest: int, longest: int, bounds: Tensor | None) -> Runs:
+def runs_of(
+    batch: int, tokens: int, groups: int, shortest: int, longest: int, bounds: Tensor | None, extra: int | None = None
+) -> Runs:
     """Cuts tokens into runs of a power of two times ``shortest`` tokens, as short as the capacity allows."""
     rows = batch if bounds is None else bounds.shape[0] - 1
-    room = capacity(batch, tokens, rows, groups, longest)
+    room = capacity(batch, tokens, rows, groups, longest, EXTRA_RUNS if extra is None else extra)
     length = shortest
     while length < longest and batch * (tokens // length) + rows > room:
         length *= 2

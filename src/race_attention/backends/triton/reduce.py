@@ -19,26 +19,26 @@ def _sum(parts, runs, per_run, stride, at, here, RT: tl.constexpr, E: tl.constex
     return total
 
 
-@triton.jit(do_not_specialize=["runs", "key_runs", "G"])
+@triton.jit(do_not_specialize=["runs", "key_runs", "beta_runs", "key_beta_runs", "G"])
 def parameters_kernel(
     planes_parts, beta_parts, key_planes_parts, key_beta_parts, planes, beta,
-    runs: tl.int64, key_runs: tl.int64, G: tl.int64,
+    runs: tl.int64, key_runs: tl.int64, beta_runs: tl.int64, key_beta_runs: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SP: tl.constexpr,
     NS: tl.constexpr, RT: tl.constexpr, E: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
     """planes [G, L, P, D] and beta [G], float32 (programs: G, and 1 for beta + parts of a head's planes).
 
-    The parts of the queries' pass are [runs, G * SHARE, NS, N, D] and [runs, G * SHARE], those of the keys'
-    [key_runs, G, NS, N, D] and [key_runs, G]. A table is some rows of a tile, or the same rows of several tiles.
+    The parts of the queries' pass are [runs, G * SHARE, NS, N, D] and [beta_runs, G * SHARE], those of the keys'
+    [key_runs, G, NS, N, D] and [key_beta_runs, G]. A table is some rows of a tile, or the same rows of several tiles.
     """
     group = tl.program_id(0).to(tl.int64)
     H = G * SHARE
     if tl.program_id(1) == 0:
         one = tl.arange(0, 16)
         alone = one < 1
-        of_beta = _sum(key_beta_parts, key_runs, G, 1, group + one, alone, RT, 16)
+        of_beta = _sum(key_beta_parts, key_beta_runs, G, 1, group + one, alone, RT, 16)
         for share in range(SHARE):
-            of_beta += _sum(beta_parts, runs, H, 1, group * SHARE + share + one, alone, RT, 16)
+            of_beta += _sum(beta_parts, beta_runs, H, 1, group * SHARE + share + one, alone, RT, 16)
         tl.store(beta + group + one, of_beta.to(tl.float32), mask=alone)
     elif NEED_PLANES:
         e = (tl.program_id(1) - 1) * E + tl.arange(0, E)
