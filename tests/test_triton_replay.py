@@ -10,8 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from race_attention import race_attention
-from race_attention.backends.triton import replay
+from race_attention import attention, race_attention
+from race_attention.backends.triton import direct, replay
 from race_attention.testing import make_inputs
 from tests.helpers import CASES, evaluate, whole
 
@@ -25,8 +25,23 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _nothing_known() -> Iterator[None]:
     replay.forget()
+    attention._prepared.clear()
     yield
     replay.forget()
+
+
+@pytest.fixture
+def whole_ways(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The passes that were not started at once, by their work; values are not looked at, as on a GPU."""
+    seen: list[Any] = []
+
+    def repeated(work: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(work)
+        return replay.repeated(work, *arguments, **options)
+
+    monkeypatch.setattr(direct, "repeated", repeated)
+    monkeypatch.setattr(attention, "values_wanted", lambda device: False)
+    return seen
 
 
 def _replays() -> list[Any]:
@@ -141,3 +156,110 @@ def test_memory_for_descriptors_is_allocated_with_the_scratch_memory(monkeypatch
     assert step.memory.buffer == step.tensors[1][1].buffer == 1
     assert {step.memory.offset, step.tensors[1][1].offset} == {0, 512}
     assert found.allocations[0][0] == (512 + 1024,)
+
+
+def _step(tensors: Any, causal: bool = True) -> tuple[torch.Tensor, ...]:
+    out = race_attention(*tensors, causal=causal, backend="triton")
+    return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+
+def _leaves(seed: int = 0, heads: int = 2) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (1, 20, heads, 16), (1, 20, heads, 16), (1, 20, heads, 16), (heads, 2, 2, 16)
+    tensors = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    return [x.requires_grad_() for x in (*tensors, torch.full((heads,), 2.0, device=DEVICE))]
+
+
+def test_what_is_brought_to_one_form_is_started_at_once_too(whole_ways: list[Any]) -> None:
+    """A beta that is a number, hyperplanes of one head for all, another scale."""
+    results = []
+    for _ in range(5):
+        query, key, value, planes, _ = _leaves()
+        whole_ways.clear()
+        out = race_attention(query, key, value, planes[:1], 2.0, causal=True, scale=1.5, backend="triton")
+        results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    assert not whole_ways
+    assert all(torch.equal(x, y) for found in results for x, y in zip(found, results[0], strict=True))
+    right = race_attention(query, key, value, planes[:1], 2.0, causal=True, scale=1.5, backend="reference")
+    torch.testing.assert_close(results[-1][0], right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_recorded_call_is_started_at_once(causal: bool, whole_ways: list[Any]) -> None:
+    """And its backward pass: with other numbers, with and without gradients, and anew once all is forgotten."""
+    for _ in range(2):
+        for seed in (0, 1, 2):
+            _step(_leaves(seed), causal)
+        assert whole_ways
+        whole_ways.clear()
+        for seed in (3, 4):
+            found = _step(_leaves(seed), causal)
+            assert not whole_ways
+            replay_known, replay._known = replay._known, {}
+            attention_known = dict(attention._prepared)
+            attention._prepared.clear()
+            right = _step(_leaves(seed), causal)
+            replay._known = replay_known
+            attention._prepared.update(attention_known)
+            whole_ways.clear()
+            assert all(torch.equal(x, y) for x, y in zip(found, right, strict=True))
+        with torch.no_grad():
+            tensors = _leaves(3)
+            results = [race_attention(*tensors, causal=causal, backend="triton") for _ in range(4)]
+        assert len(whole_ways) == 2
+        assert all(torch.equal(x, results[0]) for x in results)
+        replay.forget()
+        whole_ways.clear()
+
+
+def test_what_lies_elsewhere_goes_the_whole_way(whole_ways: list[Any]) -> None:
+    """Tensors off multiples of 16 bytes; what was saved, moved before the backward pass. One tensor twice does not."""
+    for _ in range(4):
+        _step(_leaves())
+    whole_ways.clear()
+    right = _step(_leaves())
+    assert not whole_ways
+
+    tensors = _leaves()
+    moved = torch.empty(tensors[0].numel() + 1, device=DEVICE)[1:].view(tensors[0].shape)
+    tensors[0] = moved.copy_(tensors[0].detach()).requires_grad_()
+    found = _step(tensors)
+    assert whole_ways
+    assert all(torch.equal(x, y) for x, y in zip(found, right, strict=True))
+
+    whole_ways.clear()
+    tensors = _leaves()
+    out = race_attention(*tensors, causal=True, backend="triton")
+    tensors[3].data = tensors[3].detach().clone()
+    grads = torch.autograd.grad(out.square().sum(), tensors)
+    assert len(whole_ways) == 1
+    assert all(torch.equal(x, y) for x, y in zip(grads, right[1:], strict=True))
+
+    whole_ways.clear()
+    one, _, value, planes, beta = _leaves()
+    found = race_attention(one, one, value, planes, beta, causal=True, backend="triton")
+    assert not whole_ways
+    other = one.detach().clone()
+    assert torch.equal(found, race_attention(one, other, value, planes, beta, causal=True, backend="triton"))
+
+
+def test_a_prepared_call_is_still_checked(whole_ways: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values where they are wanted; other shapes, dtypes and options are other forms."""
+    tensors = _leaves()
+    for _ in range(4):
+        race_attention(*tensors, backend="triton")
+    whole_ways.clear()
+    race_attention(*tensors, backend="triton")
+    assert not whole_ways
+    with pytest.raises(ValueError, match="hyperplanes"):
+        race_attention(*tensors[:3], tensors[3][:, :, :, :8], tensors[4], backend="triton")
+    with pytest.raises(TypeError, match="key"):
+        race_attention(tensors[0], tensors[1].half(), *tensors[2:], backend="triton")
+    with pytest.raises(ValueError, match="backend"):
+        race_attention(*tensors, backend="other")
+    monkeypatch.setattr(attention, "values_wanted", lambda device: True)
+    monkeypatch.setenv("RACE_ATTENTION_CHECK_VALUES", "1")
+    with torch.no_grad():
+        tensors[4].fill_(-1.0)
+    with pytest.raises(ValueError, match="beta"):
+        race_attention(*tensors, backend="triton")

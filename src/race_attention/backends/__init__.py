@@ -5,15 +5,29 @@ Every backend is a module with two functions:
     why_not(call) -> str | None     the reason it cannot serve this call, or None when it can
     run(call) -> (out, mass, value_sum)
 
+and it may have
+
+    prepared(call) -> Prepared | None       how to serve calls of the same form with less host code, where no state
+                                            comes in or goes out
+
 ``call`` is a checked :class:`~race_attention.backends.call.Call`. Backends are imported on first use,
 so that the package imports with torch alone, and they never import each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
+
+from torch import Tensor
 
 from .call import Call
+
+#: Takes query, key, value, hyperplanes, beta, log_decay, key_mask, cu_seqlens and cu_seqlens_key of a call, whose
+#: shapes, strides, dtypes, devices and options are those of the call it was made for. Returns out, or None where the
+#: call has to go the whole way.
+Prepared = Callable[[tuple[Any, ...]], Tensor | None]
 
 NAMES = ("reference", "cpu", "triton")
 

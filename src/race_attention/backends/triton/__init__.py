@@ -11,7 +11,7 @@
     launch.py, launch_*.py       host code of the launches: shared, then by what they launch
     passes.py, ops.py            the forward and the backward pass, torch operators
     direct.py                    around the operators' dispatch
-    replay.py, recording.py      a pass again without its host code, and how it is written down
+    replay.py, recording.py, memory.py     a pass again without its host code, and how it is written down
     batch.py, csrc/              all kernels of a recorded pass started by one call
     autotune.py  times configurations and writes the user's own table
 
@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +63,6 @@ def why_not(call: Call) -> str | None:
 def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, mass, value_sum) of a call that :func:`why_not` allows; the states are float64, or None if not wanted."""
     from . import decode_ops
-    from .ops import triton_forward
 
     if decode_ops.serves(call):
         return decode_ops.run(call)
@@ -70,6 +71,8 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
         if direct.unwatched(call):
             return direct.run(call)
+    from .ops import triton_forward
+
     out, mass, value_sum = triton_forward(
         call.query,
         call.key,
@@ -85,6 +88,13 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
         call.causal,
     )[:3]
     return (out, mass, value_sum) if call.return_state else (out, None, None)
+
+
+def prepared(call: Call) -> Callable[[tuple[Any, ...]], Tensor | None] | None:
+    """See :mod:`race_attention.backends`: a pass that has been recorded is started at once."""
+    from . import direct
+
+    return direct.Prepared(call) if direct.unwatched(call) else None
 
 
 def describe() -> dict[str, str]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import triton
 
+from .recording import Launch, Zeros
+
 _FILE = "libracelaunch.so"
 #: Parameters of a kernel at most; csrc/launch.cpp has the same number.
 MOST = 128
@@ -123,6 +125,35 @@ def program(steps: Sequence[list[int]], functions: tuple[int, int]) -> bytes:
     """What the library runs, of the parts for each step."""
     numbers = [*functions, len(steps), *(x for step in steps for x in step)]
     return struct.pack(f"={len(numbers)}q", *numbers)
+
+
+def programs(steps: list[Any], functions: tuple[int, int] | None) -> list[Any]:
+    """Launches and zeros that follow each other as one program, where the driver's functions are at hand."""
+    if functions is None:
+        return steps
+    found: list[Any] = []
+    part: list[list[int]] = []
+
+    def flush() -> None:
+        if part:
+            found.append(program(part, functions))
+            part.clear()
+
+    for step in steps:
+        made = None
+        if isinstance(step, Launch) and step.compiled is not None:
+            places = {n: (place.buffer, place.offset) if place.buffer >= 0 else (-1, 0) for n, place in step.tensors}
+            memory = None if step.memory is None else (step.memory.buffer, step.memory.offset)
+            made = kernel_step(step.compiled, step.grid, step.arguments, places, memory)
+        elif isinstance(step, Zeros):
+            made = zero_step((step.place.buffer, step.place.offset), step.bytes)
+        if made is None:
+            flush()
+            found.append(step)
+        else:
+            part.append(made)
+    flush()
+    return found
 
 
 def run(steps: bytes, addresses: bytes, stream: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,52 +22,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import batch, start
 from .launch import on
+from .memory import Bundle, Layout, Memory, cut
 from .recording import Buffer, CannotRepeat, Launch, Operator, Place, Recorder, Zeros
 
 #: Layouts that are kept. One more, and all are forgotten: a call that never meets a layout twice records nothing.
 LAYOUTS = 1024
 #: Scratch memory of all of a pass at once is at most this part of the device's.
 SHARE = 32
-#: Where a piece of memory begins: a multiple of this many bytes, as torch's own allocations do.
-ALIGNMENT = 512
 Work = Callable[..., Sequence[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """How tensors lie in one piece of memory; a recording has one object of it."""
-
-    places: tuple[Place | None, ...]
-
-    def tensors(self, memory: Tensor) -> list[Tensor | None]:
-        return [None if place is None else _cut(memory, place) for place in self.places]
-
-
-@dataclass(frozen=True, eq=False)
-class Bundle:
-    """What only the backward pass reads, in one piece of memory."""
-
-    memory: Tensor
-    layout: Layout
-
-
-def _cut(memory: Tensor, place: Place) -> Tensor:
-    """The tensor at a place in a piece of bytes."""
-    last = sum((size - 1) * step for size, step in zip(place.size, place.stride, strict=True)) + 1
-    piece = memory[place.offset : place.offset + last * place.dtype.itemsize].view(place.dtype)
-    return piece.as_strided(place.size, place.stride)
-
-
-class _Memory:
-    """How buffers lie in one allocation."""
-
-    bytes = 0
-
-    def add(self, buffer: Buffer) -> int:
-        """The offset of the next buffer."""
-        offset = self.bytes
-        self.bytes += -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
-        return offset
 
 
 class Replay:
@@ -81,7 +43,7 @@ class Replay:
         self.inputs = inputs
         own = {place.buffer for place in results[:kept] if place is not None}
         moved = {place.buffer for place in results[len(results) if kept is None else kept :] if place is not None}
-        if kept is not None and (not moved <= set(recorder.allocated) or moved & own):
+        if kept is not None and (not moved or not moved <= set(recorder.allocated) or moved & own):
             kept, own, moved = None, own | moved, set()
         self._number(recorder, own, moved)
         steps = [self._renumbered(step) for step in recorder.steps]
@@ -89,33 +51,52 @@ class Replay:
         self.results, self.bundle = places[:kept], None if kept is None else Layout(tuple(places[kept:]))
         self._check(steps, places[:kept])
         functions = batch.driver() if any(isinstance(x, Launch) and x.compiled for x in steps) else None
-        self.steps = _batched(steps, functions)
+        self.steps = batch.programs(steps, functions)
         self.pack = struct.Struct(f"={self.count}q").pack
+        self._simplify()
 
     def _number(self, recorder: Recorder, own: set[int], moved: set[int]) -> None:
         """Where each buffer lies: the number of its memory, and how far from the beginning."""
         buffers = recorder.buffers
         self.at = {n: (n, 0) for n in range(self.inputs)}
         self.how = [(buffer.size, buffer.stride, buffer.dtype) for buffer in buffers[: self.inputs]]
-        scratch, bundle = _Memory(), _Memory()
-        of_scratch, of_bundle = self.inputs, self.inputs + 1
         self.allocations: list[tuple[Any, ...]] = []
-        for n in recorder.allocated:
-            if n in moved:
-                self.at[n] = of_bundle, bundle.add(buffers[n])
-            elif n in own:
-                self.at[n] = self.inputs + 2 + len(self.allocations), 0
+        used = [n for n in recorder.allocated if buffers[n].bytes]
+        self._piece(buffers, [n for n in used if n not in moved and n not in own])
+        self.bundled = len(self.allocations)
+        self._piece(buffers, [n for n in used if n in moved])
+        for n in used:
+            if n in own:
+                self.at[n] = self.inputs + len(self.allocations), 0
                 self.allocations.append((buffers[n].size, buffers[n].stride, buffers[n].dtype))
-            else:
-                self.at[n] = of_scratch, scratch.add(buffers[n])
-        pieces = [((memory.bytes,), (1,), torch.uint8) for memory in (scratch, bundle)]
-        self.allocations = [*pieces, *self.allocations]
         self.how += self.allocations
         for n in range(self.inputs, len(buffers)):
-            if n not in self.at:  # the result of an operator
+            if n not in self.at and n not in recorder.allocated:  # the result of an operator
                 self.at[n] = len(self.how), 0
                 self.how.append((buffers[n].size, buffers[n].stride, buffers[n].dtype))
         self.count = len(self.how)
+
+    def _piece(self, buffers: list[Buffer], numbers: list[int]) -> None:
+        """One allocation of several buffers."""
+        if numbers:
+            memory = Memory()
+            for n in numbers:
+                self.at[n] = self.inputs + len(self.allocations), memory.add(buffers[n])
+            self.allocations.append(((memory.bytes,), (1,), torch.uint8))
+
+    def _simplify(self) -> None:
+        """Where all steps are one program and each result is an allocation: which program, and which allocations."""
+        self.program: bytes | None = None
+        self.whole: list[int | None] = []
+        for place in self.results:
+            if place is not None:
+                number = place.buffer - self.inputs
+                how = place.size, place.stride, place.dtype
+                if place.offset or not 0 <= number < len(self.allocations) or self.allocations[number] != how:
+                    return
+            self.whole.append(None if place is None else place.buffer - self.inputs)
+        if len(self.steps) == 1 and isinstance(self.steps[0], bytes):
+            self.program = self.steps[0]
 
     def _moved(self, place: Place) -> Place:
         if place.buffer < 0:
@@ -151,19 +132,20 @@ class Replay:
             torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.allocations
         ]
         at = [*addresses, *[x.data_ptr() for x in made]]
+        if self.program is not None:
+            with on(device):
+                batch.run(self.program, self.pack(*at), _stream(device))
+            results = [None if n is None else made[n] for n in self.whole]
+            return (*results, Bundle(made[self.bundled], self.bundle)) if self.bundle is not None else tuple(results)
         held = [*tensors, *made]
         if len(at) < self.count:
             more = self.count - len(at)
             at += [0] * more
             held += [None] * more
-        if device.type == "cpu":
-            self._run(held, at, device, None)
-        else:
-            with on(device):
-                stream = triton.runtime.driver.active.get_current_stream(device.index)
-                self._run(held, at, device, stream)
+        with on(device):
+            self._run(held, at, device, _stream(device))
         results = [None if place is None else self._tensor(held, place, device) for place in self.results]
-        return (*results, Bundle(made[1], self.bundle)) if self.bundle is not None else tuple(results)
+        return (*results, Bundle(made[self.bundled], self.bundle)) if self.bundle is not None else tuple(results)
 
     def _run(self, held: list[Tensor | None], at: list[int], device: torch.device, stream: Any) -> None:
         for step in self.steps:
@@ -205,44 +187,24 @@ class Replay:
         if self.how[place.buffer] == (place.size, place.stride, place.dtype) and not place.offset:
             return x
         if x.dtype != place.dtype:
-            return _cut(x, place)
+            return cut(x, place)
         return x.as_strided(place.size, place.stride, x.storage_offset() + place.offset // x.element_size())
 
 
-def _batched(steps: list[Any], functions: tuple[int, int] | None) -> list[Any]:
-    """Launches and zeros that follow each other as one program, where the driver's functions are at hand."""
-    if functions is None:
-        return steps
-    found: list[Any] = []
-    part: list[list[int]] = []
-
-    def flush() -> None:
-        if part:
-            found.append(batch.program(part, functions))
-            part.clear()
-
-    for step in steps:
-        made = None
-        if isinstance(step, Launch) and step.compiled is not None:
-            places = {n: (place.buffer, place.offset) if place.buffer >= 0 else (-1, 0) for n, place in step.tensors}
-            memory = None if step.memory is None else (step.memory.buffer, step.memory.offset)
-            made = batch.kernel_step(step.compiled, step.grid, step.arguments, places, memory)
-        elif isinstance(step, Zeros):
-            made = batch.zero_step((step.place.buffer, step.place.offset), step.bytes)
-        if made is None:
-            flush()
-            found.append(step)
-        else:
-            part.append(made)
-    flush()
-    return found
+def _stream(device: torch.device) -> int:
+    """The current stream of a device, which is current; of the CPU none."""
+    return 0 if device.type == "cpu" else int(triton.runtime.driver.active.get_current_stream(device.index))
 
 
 _known: dict[tuple[Any, ...], Any] = {}
+#: How often all was forgotten.
+generation = 0
 
 
 def forget() -> None:
     """Forgets all recordings: configurations have changed."""
+    global generation
+    generation += 1
     _known.clear()
 
 
@@ -255,7 +217,11 @@ def _limit(device: torch.device) -> int:
 
 
 def repeated(
-    work: Work, tensors: Sequence[Tensor | None], flags: tuple[Any, ...], kept: int | None = None, at_once: bool = False
+    work: Work,
+    tensors: Sequence[Tensor | None],
+    flags: tuple[Any, ...],
+    kept: int | None = None,
+    at_once: tuple[dict[tuple[Any, ...], Replay], tuple[Any, ...]] | None = None,
 ) -> tuple[Any, ...]:
     """``work(*tensors, *flags)``: its host code the first two times a layout is met, and again without it.
 
@@ -264,22 +230,18 @@ def repeated(
         tensors: the first one is; None where there is none. Nothing is written to them.
         flags: hashable.
         kept: from this result on they may come as one :class:`Bundle`, and do once the layout is known.
-        at_once: writes it down the first time already.
+        at_once: writes it down the first time already, and leaves the recording in this table under this name.
 
     Returns:
         the tensors that ``work`` returns, or None in their place.
     """
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    layout = [
-        None if x is None else (x.shape, x.stride(), x.dtype, address & 15)
-        for x, address in zip(tensors, addresses, strict=True)
-    ]
     one = [address for address in addresses if address]
     same = None if len(set(one)) == len(one) else tuple(map(addresses.index, addresses))  # the same tensor twice
     query = tensors[0]
     assert query is not None
-    key = (work, flags, query.get_device(), same, *layout)
-    found = _known.get(key, 1 if at_once else None)
+    key = _key_of(work, flags, tensors, addresses, same)
+    found = _known.get(key, None if at_once is None else 1)
     if found is None:
         if len(_known) >= LAYOUTS:
             _known.clear()
@@ -288,11 +250,39 @@ def repeated(
         recorder = Recorder(tensors, _limit(query.device))
         with recorder:
             results = tuple(work(*tensors, *flags))
-        _known[key] = _finished(recorder, len(tensors), results, kept) or 2
+        made = _finished(recorder, len(tensors), results, kept)
+        _known[key] = made or 2
+        if made is not None and at_once is not None and same is None:
+            at_once[0][at_once[1]] = made
         return results
     elif found != 2:
         return found(tensors, addresses)
     return tuple(work(*tensors, *flags))
+
+
+def _key_of(
+    work: Work, flags: tuple[Any, ...], tensors: Sequence[Tensor | None], addresses: list[int], same: Any
+) -> tuple[Any, ...]:
+    layout = [
+        None if x is None else (x.shape, x.stride(), x.dtype, address & 15)
+        for x, address in zip(tensors, addresses, strict=True)
+    ]
+    assert tensors[0] is not None
+    return (work, flags, tensors[0].get_device(), same, *layout)
+
+
+def key_of_aligned(work: Work, flags: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """For :func:`recording_of`: tensors like these, at multiples of 16 bytes."""
+    return _key_of(work, flags, tensors, [0] * len(tensors), None)
+
+
+def recording_of(key: tuple[Any, ...]) -> Replay | None:
+    """The recording that :func:`repeated` has made.
+
+    It reads its tensors only, so that two of them may also be one.
+    """
+    found = _known.get(key)
+    return found if isinstance(found, Replay) else None
 
 
 def _finished(recorder: Recorder, inputs: int, results: Sequence[Tensor | None], kept: int | None) -> Replay | None:
