@@ -111,10 +111,7 @@ def race_attention(
         if form is not None and prepared is None and initial_state is None and not return_state:
             _prepare(form, module, call)
         return out
-    decay, tokens = _total_log_decay(call), _tokens(call)
-    if initial_state is not None:
-        decay, tokens = decay + initial_state.log_decay, tokens + initial_state.tokens
-    return out, RaceState(mass, value_sum, decay, tokens)
+    return out, RaceState(mass, value_sum, _total_log_decay(call, initial_state), _tokens(call, initial_state))
 
 
 #: Calls that a backend has prepared, by their form.
@@ -157,29 +154,31 @@ def choose_backend(call: Call, backend: str = "auto") -> str:
     return "reference"
 
 
-def _total_log_decay(call: Call) -> Tensor:
-    """The log_decay of each row's tokens, summed: [rows, G]."""
-    groups, device = call.key.shape[2], call.key.device
+def _total_log_decay(call: Call, initial: RaceState | None) -> Tensor:
+    """The log_decay of each row's tokens and of the state before them, summed: [rows, G]."""
+    device = call.key.device
     dtype = state_dtype(device)
-    if call.log_decay is None:
-        return torch.zeros(call.rows, groups, dtype=dtype, device=device)
-    if call.cu_seqlens is None:
-        return call.log_decay.sum(1, dtype=dtype)
-    total = torch.zeros(call.rows, groups, dtype=dtype, device=device)
-    return total.index_add(0, _row_of_key(call), call.log_decay[0].to(dtype))
+    before = None if initial is None else initial.log_decay.to(dtype)
+    if call.log_decay is not None and call.cu_seqlens is None:
+        total = call.log_decay.sum(1, dtype=dtype)
+        return total if before is None else total + before
+    if before is None:
+        before = torch.zeros(call.rows, call.key.shape[2], dtype=dtype, device=device)
+    return before if call.log_decay is None else before.index_add(0, _row_of_key(call), call.log_decay[0].to(dtype))
 
 
-def _tokens(call: Call) -> Tensor:
-    """How many keys of each row take part, in any head: [rows] int64."""
+def _tokens(call: Call, initial: RaceState | None) -> Tensor:
+    """How many keys of each row and of the state before them take part, in any head: [rows] int64."""
     length, device = call.key.shape[1], call.key.device
-    if call.key_mask is None:
-        if call.cu_seqlens_key is not None:
-            return call.cu_seqlens_key.diff()
+    if initial is None and call.key_mask is None and call.cu_seqlens_key is None:
         return torch.full((call.rows,), length, dtype=torch.int64, device=device)
+    before = torch.zeros(call.rows, dtype=torch.int64, device=device) if initial is None else initial.tokens
+    if call.key_mask is None:
+        return before + (length if call.cu_seqlens_key is None else call.cu_seqlens_key.diff())
     part = call.key_mask.any(-1).to(torch.int64)
     if call.cu_seqlens_key is None:
-        return part.sum(1)
-    return torch.zeros(call.rows, dtype=torch.int64, device=device).index_add(0, _row_of_key(call), part[0])
+        return before + part.sum(1)
+    return before.index_add(0, _row_of_key(call), part[0])
 
 
 def _row_of_key(call: Call) -> Tensor:
