@@ -25,7 +25,7 @@ def test_building_never_asks_for_torch():
     assert [name_of(requirement) for requirement in PYPROJECT["build-system"]["requires"]] == ["scikit-build-core"]
 
 
-@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"hf", "fla"}))  # no tools of development
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"fla"}))  # no tool of development
 def test_development_pins_every_requirement(extra):
     lines = (ROOT / "constraints-dev.txt").read_text().splitlines()
     pinned = {name_of(line) for line in lines if re.fullmatch(r"[\w.-]+==\S+", line)}

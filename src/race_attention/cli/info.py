@@ -16,7 +16,7 @@ from race_attention.backends.call import Call
 
 from .common import Json, console, table, write_json
 
-PACKAGES = ("triton", "safetensors", "numpy", "transformers", "typer", "rich")
+PACKAGES = ("triton", "safetensors", "numpy", "typer", "rich")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
