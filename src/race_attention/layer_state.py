@@ -52,7 +52,11 @@ class RaceAttentionState:
     def save(
         self, path: str | os.PathLike[str], *, hyperplanes: Tensor, beta: float | Tensor, scale: float = 1.0
     ) -> None:
-        """Writes safetensors, atomically: ``state.save(path, **layer.hash())``."""
+        """Writes safetensors, atomically: ``state.save(path, **layer.hash())``.
+
+        Args:
+            path, hyperplanes, beta, scale: as for :meth:`RaceState.save`.
+        """
         from safetensors.torch import save
 
         tensors = {f"core.{name}": x for name, x in self.core.tensors().items()} | {"position": self.position}
@@ -73,6 +77,9 @@ class RaceAttentionState:
         device: torch.device | str = "cpu",
     ) -> RaceAttentionState:
         """Reads what :meth:`save` wrote: ``RaceAttentionState.load(path, **layer.hash())``.
+
+        Args:
+            path, hyperplanes, beta, scale, device: as for :meth:`RaceState.load`.
 
         Raises:
             FileNotFoundError: no such file. ValueError: cut short, foreign, or the state of another hash.

@@ -251,6 +251,9 @@ class RaceAttention(nn.Module):
 
         Returns:
             [B, T, embed_dim], or a pair of it and a :class:`RaceAttentionState`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was given and what is allowed.
         """
         check_inputs(x, context, key_padding_mask, cu_seqlens, embed_dim=self.embed_dim, causal=self.causal)
         self._check_state(state, return_state)
@@ -302,6 +305,9 @@ class RaceAttention(nn.Module):
 
         Returns:
             [B, embed_dim] and the new state; ``state`` itself is left as it was.
+
+        Raises:
+            ValueError: the layer is not causal, or x is no [B, embed_dim].
         """
         if not self.causal:
             raise ValueError("step: got a layer with causal=False, allowed is a causal one")

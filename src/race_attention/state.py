@@ -219,6 +219,16 @@ class RaceState:
     ) -> RaceState:
         """Reads a state written by :meth:`save`.
 
+        Args:
+            path: of the file.
+            hyperplanes: [G or 1, L, P, D], those that later tokens are hashed with.
+            beta: likewise, a number, a scalar tensor or [G].
+            scale: likewise.
+            device: where the state is wanted.
+
+        Returns:
+            The state, in the dtype in which it was saved.
+
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is cut short, is no state, or is of another hash (hyperplanes, beta or scale).
@@ -251,7 +261,16 @@ class RaceState:
             )
 
     def fingerprint(self, hyperplanes: Tensor, beta: float | Tensor, scale: float = 1.0) -> str:
-        """A digest of all that decides in which bucket a token falls: 64 hexadecimal digits."""
+        """A digest of all that decides in which bucket a token falls: 64 hexadecimal digits.
+
+        Args:
+            hyperplanes: [G or 1, L, P, D].
+            beta: a number, a scalar tensor or [G].
+            scale: of the projections.
+
+        Raises:
+            ValueError: hyperplanes that cannot have made this state.
+        """
         _, groups, tables, buckets = self.mass.shape
         if hyperplanes.ndim != 4 or hyperplanes.shape[0] not in (1, groups) or hyperplanes.shape[1] != tables:
             raise ValueError(

@@ -185,6 +185,9 @@ def cut(tokens: Any, segment: int | Sequence[int], dim: int = 1) -> list[Any]:
 
     Returns:
         A list of what was given, each with a segment's tokens.
+
+    Raises:
+        ValueError: tensors of several lengths, or segments that do not add up to them.
     """
     lengths = {int(x.shape[dim]) for x in trees.leaves(tokens)}
     if len(lengths) != 1:
