@@ -78,17 +78,15 @@ class Running {
     if (!has_base_ && !has_acc_)
       for (i64 i = 0; i < size; ++i) w[i] = 0;
     else if (!has_base_)
-      for (i64 i = 0; i < size; ++i) w[i] = static_cast<T>(acc_[i]);
-    else if (!has_acc_)
-      for (i64 i = 0; i < size; ++i) w[i] = static_cast<T>(kept * base_[i]);
+      add(w, acc_, 1.0);
     else
-      for (i64 i = 0; i < size; ++i) w[i] = static_cast<T>(kept * base_[i] + acc_[i]);
+      add(w, base_, kept, has_acc_ ? acc_ : nullptr);
   }
   RACE_INLINE void end_run() {
     if (has_acc_)
-      for (i64 i = 0; i < size; ++i) acc_[i] = run_factor * acc_[i] + static_cast<double>(sum[i]);
+      add(acc_, acc_, run_factor, sum);
     else
-      for (i64 i = 0; i < size; ++i) acc_[i] = static_cast<double>(sum[i]);
+      add(acc_, sum, 1.0);
     has_acc_ = true;
     kept *= run_factor;
   }
@@ -99,8 +97,7 @@ class Running {
       base_ = settled;
       has_base_ = true;
     } else if (has_base_) {
-      const double* const more = acc();
-      for (i64 i = 0; i < size; ++i) base_[i] = kept * base_[i] + more[i];
+      add(base_, base_, kept, acc());
     }
     has_acc_ = false;
     kept = 1;
@@ -114,6 +111,16 @@ class Running {
   }
 
  private:
+  // to = factor * x + y. The factor comes by value: as a member it might be one of the numbers written, and no loop over
+  // them would become vectors. `to` is `x` or apart from it.
+  template <class Into, class From, class More = double>
+  __attribute__((noinline)) void add(Into* to, const From* x, double factor, const More* y = nullptr) const {
+    const i64 n = size;
+    if (y)
+      for (i64 i = 0; i < n; ++i) to[i] = static_cast<Into>(factor * static_cast<double>(x[i]) + static_cast<double>(y[i]));
+    else
+      for (i64 i = 0; i < n; ++i) to[i] = static_cast<Into>(factor * static_cast<double>(x[i]));
+  }
   double* owned(double* x, bool& mine) {
     for (i64 i = 0; !mine && i < size; ++i) x[i] = 0;
     mine = true;
