@@ -186,7 +186,9 @@ struct Emit {
 #pragma GCC unroll 16
         for (int j = 0; j < N; ++j) acc[m][j] *= factor[i + m];
       if (bytes == 2) {
-        if constexpr (N == 2) stream(row, narrow_pair(acc[m][0], acc[m][1], native));
+        if constexpr (N % 2 == 0)
+#pragma GCC unroll 2
+          for (int j = 0; j < N; j += 2) stream(row + j * 32, narrow_pair(acc[m][j], acc[m][j + 1], native));
         continue;
       }
 #pragma GCC unroll 16
@@ -203,15 +205,20 @@ struct Add {  // out = factor * (out + sum), and `second` likewise where not nul
   T factor = 1;
   template <int M, int N>
   RACE_INLINE void operator()(i64 i, i64 column, V<T> (&acc)[M][N]) const {
+    if (factor == T(1)) return add<false>(i, column, acc);
+    add<true>(i, column, acc);
+  }
+  template <bool Scaled, int M, int N>
+  RACE_INLINE void add(i64 i, i64 column, V<T> (&acc)[M][N]) const {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
       for (int j = 0; j < N; ++j) {
         T* o = out + (i + m) * ld + column + j * W<T>;
-        store<T>(o, factor * (load(o) + acc[m][j]));
+        store<T>(o, Scaled ? factor * (load(o) + acc[m][j]) : load(o) + acc[m][j]);
         if (!second) continue;
         T* s = second + (i + m) * ld + column + j * W<T>;
-        store<T>(s, factor * (load(s) + acc[m][j]));
+        store<T>(s, Scaled ? factor * (load(s) + acc[m][j]) : load(s) + acc[m][j]);
       }
   }
 };
@@ -241,11 +248,11 @@ struct Combine {
   }
   template <int N>
   RACE_INLINE void panel(i64 m, i64 column, Ahead* ahead) const {
-    constexpr int M = RACE_BYTES == 64 ? 8 : 4;
+    constexpr int M = RACE_BYTES == 64 && N < 4 ? 8 : 4;
     i64 i = 0, steps = 0;
     for (; i + M <= m; i += M) {
       steps += tile<M, N>(i, column);
-      if (M == 8 && ahead) {  // smaller tiles are too short for it
+      if (M * N == 16 && ahead) {  // smaller tiles are too short for it
         ahead->ask(steps);
         steps = 0;
       }
@@ -268,6 +275,8 @@ template <class T, class Into>
 __attribute__((noinline)) void combine(const Combine<T, Into>& c, i64 m, i64 columns, Ahead* ahead) {
   const Combine<T, Into> copy = c;
   i64 column = 0;
+  if constexpr (RACE_BYTES == 64)
+    for (; column + 4 * W<T> <= columns; column += 4 * W<T>) copy.template panel<4>(m, column, ahead);
   for (; column + 2 * W<T> <= columns; column += 2 * W<T>)
     copy.template panel<2>(m, column, ahead);
   if (column < columns) copy.template panel<1>(m, column, ahead);
@@ -279,6 +288,11 @@ __attribute__((noinline)) void combine_both(const Combine<T, Into>& c, i64 m, co
   const Combine<T, Into> one = c;
   const Combine<T, Also> two = d;
   i64 column = 0;
+  if constexpr (RACE_BYTES == 64)
+    for (; column + 4 * W<T> <= columns; column += 4 * W<T>) {
+      one.template panel<4>(m, column, ahead);
+      two.template panel<4>(n, column, ahead);
+    }
   for (; column + 2 * W<T> <= columns; column += 2 * W<T>) {
     one.template panel<2>(m, column, ahead);
     two.template panel<2>(n, column, ahead);
