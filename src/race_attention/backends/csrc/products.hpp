@@ -47,9 +47,10 @@ class Lines {
     }
   }
 
+  static constexpr i64 kTurn = 4;
+
  private:
   static constexpr int kMost = 16;
-  static constexpr i64 kTurn = 4;
   struct Rows {
     const char* row;
     i64 stride, left, lines, line;
@@ -63,10 +64,11 @@ class Ahead {
   Lines near, far;  // the next block of this head; the next chunk of every head at hand, token by token
 
   // After `steps` of a product: a processor has room for some sixteen lines under way, and what is asked for beyond
-  // them stops it. So a few lines are asked for after each large tile.
+  // them stops it. So a few lines are asked for after each large tile; whole turns of them, since a call costs as well.
   RACE_INLINE void ask(i64 steps) {
     asked_ += steps;
-    if (near.any() || far.any()) ask_some(steps);
+    credit_ += steps * rate_;
+    if (credit_ >= kTurn || near.any()) ask_some(steps);
   }
   // A new chunk: the lines put into `far` between these two are spread over as many steps as the last chunk made.
   void start() {
@@ -80,11 +82,10 @@ class Ahead {
  private:
   __attribute__((noinline)) void ask_some(i64 steps) {
     near.ask<3>(steps / 2);
-    credit_ += steps * rate_;
-    far.ask<2>(credit_ >> 8);
-    credit_ &= 255;
+    far.ask<2>(credit_ / kTurn * Lines::kTurn);
+    credit_ %= kTurn;
   }
-  static constexpr i64 kFastest = 8 << 8;
+  static constexpr i64 kFastest = 8 << 8, kTurn = Lines::kTurn << 8;
   i64 rate_ = 0, asked_ = 0, credit_ = 0;  // lines of `far` a step, times 256
 };
 
