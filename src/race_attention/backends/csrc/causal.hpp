@@ -279,8 +279,8 @@ class Causal : public Base<T> {
     this->score(b.count, rows);
     this->denominators(w, p.states, rows, b.count);
     this->drop_gradients_out_of_range(b.count);
-    dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value, nullptr, true);
-    dots<T>(room.dphi, C, w, room.size.ld, p.states, grad.p, grad.ld, rows, room.size.value, &room.ahead);
+    dots<T>(room.other, C, v.p, v.ld, b.count, {grad.p, grad.ld}, rows, room.size.value, nullptr, true);
+    dots<T>(room.dphi, C, w, room.size.ld, p.states, {grad.p, grad.ld}, rows, room.size.value, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
       const V<T> dot = this->column_dot(room.pq, room.dphi, t, p.states) +
                        this->column_dot(room.scores, room.other, t, b.count);  // dout_i . num_i
@@ -363,7 +363,7 @@ class Causal : public Base<T> {
     bool stored = false;
     // dv is gathered in `grad`: `out` is needed for dk before all heads are done.
     if (!single) set_product<T>(room.grad, Vp, b.count, Vp, {room.pk, C, 1, w, ld, p.states});
-    dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
+    dots<T>(room.dphi, C, w, ld, p.states, {v.p, v.ld}, rows, Vp, &room.ahead);
     for (i64 s = 0; s < p.states; ++s)
       for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
     for (i64 h = g * p.heads_a_group; h < (g + 1) * p.heads_a_group; ++h) {
@@ -388,7 +388,7 @@ class Causal : public Base<T> {
   void score_again(const Block<T>& b, i64 h, const Tile<T>& v, i64 rows) {
     this->score(b.count, rows);
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.out);
-    dots<T>(room.other, C, v.p, v.ld, b.count, grad.p, grad.ld, rows, room.size.value, nullptr, true);
+    dots<T>(room.other, C, v.p, v.ld, b.count, {grad.p, grad.ld}, rows, room.size.value, nullptr, true);
     weigh_inside(b.count, rows);
     turn_across(b.count);
   }
@@ -401,8 +401,7 @@ class Causal : public Base<T> {
         put<T>(e, load(e) * inverse + c);
       }
     }
-    for (i64 j = 1; j < count; ++j)
-      for (i64 i = 0; i < j; ++i) room.other[j * C + i] = 0;
+    keep_later<T>(room.other, count, rows);
   }
   void turn_across(i64 count) {
     for (i64 i = 0; i < count; ++i)
@@ -460,13 +459,13 @@ class Causal : public Base<T> {
   Tile<T> take_keys(const Block<T>& b, i64 run_begin, i64 rows, const Slopes<T>* slopes) {
     this->key_parts(b.begin, b.count, a.log_decay ? room.key_factor + (b.begin - run_begin) : nullptr);
     const Tile<T> x = this->load_keys(b, rows);
-    hash<T>(f, x, rows, room.part_k, room.y, room.pk, slopes, &room.ahead);
+    hash<T>(f, x, rows, room.part_k, room.y, room.dy, room.pk, slopes, &room.ahead);
     return x;
   }
   Tile<T> take_queries(const Block<T>& b, i64 run_begin, i64 h, i64 rows, const Slopes<T>* slopes) {
     this->query_parts(b.count, a.log_decay ? room.query_factor + (b.begin - run_begin) : nullptr);
     const Tile<T> x = this->load_queries(b, h, rows);
-    hash<T>(f, x, rows, room.part_q, room.y, room.pq, slopes, &room.ahead);
+    hash<T>(f, x, rows, room.part_q, room.y, room.dy, room.pq, slopes, &room.ahead);
     return x;
   }
   // The same in the keys' pass, where the queries' pass may have kept the buckets.

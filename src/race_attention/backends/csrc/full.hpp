@@ -191,7 +191,7 @@ class Full : public Base<T> {
     const Tile<T> grad = this->load_grad_out(b, h, rows, room.grad);
     this->denominators(w, p.states, rows, 0);
     this->drop_gradients_out_of_range(b.count);
-    dots<T>(room.dphi, C, w, ld, p.states, grad.p, grad.ld, rows, Vp, &room.ahead);
+    dots<T>(room.dphi, C, w, ld, p.states, {grad.p, grad.ld}, rows, Vp, &room.ahead);
     for (i64 t = 0; t < rows; t += W<T>) {
       const V<T> dot = this->column_dot(room.pq, room.dphi, t, p.states);
       const V<T> inverse = load(room.inverse + t);
@@ -226,7 +226,7 @@ class Full : public Base<T> {
       }
       if (!a.dk.data && !this->wants_hash()) return;
       const Tile<T> v = this->load_values(b, rows);
-      dots<T>(room.dphi, C, w, ld, p.states, v.p, v.ld, rows, Vp, &room.ahead);
+      dots<T>(room.dphi, C, w, ld, p.states, {v.p, v.ld}, rows, Vp, &room.ahead);
       for (i64 s = 0; s < p.states; ++s)
         for (i64 i = 0; i < rows; ++i) room.dphi[s * C + i] += w[s * ld + Vp];
       this->hash_gradients(room.pk, room.slopes, x, a.dk, row.k0, b, g, rows);
@@ -237,13 +237,13 @@ class Full : public Base<T> {
   Tile<T> take_keys(const Block<T>& b, i64 rows, const Slopes<T>* slopes) {
     this->key_parts(b.begin, b.count, nullptr);
     const Tile<T> x = this->load_keys(b, rows);
-    hash<T>(f, x, rows, room.part_k, room.y, room.pk, slopes, &room.ahead);
+    hash<T>(f, x, rows, room.part_k, room.y, room.dy, room.pk, slopes, &room.ahead);
     return x;
   }
   Tile<T> take_queries(const Block<T>& b, i64 h, i64 rows, const Slopes<T>* slopes) {
     this->query_parts(b.count, nullptr);
     const Tile<T> x = this->load_queries(b, h, rows);
-    hash<T>(f, x, rows, room.part_q, room.y, room.pq, slopes, &room.ahead);
+    hash<T>(f, x, rows, room.part_q, room.y, room.dy, room.pq, slopes, &room.ahead);
     return x;
   }
 };

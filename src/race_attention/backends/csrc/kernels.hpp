@@ -16,16 +16,19 @@ std::size_t scratch_of(const Problem& p) {
   return count.used();
 }
 
+// Hyperplanes as rows of padded length; behind all of them once more, as bfloat16 tokens are multiplied with them.
 template <class T>
-void pack_of(const Problem& p, T* to) {  // hyperplanes as rows of padded length
+void pack_of(const Problem& p, T* to) {
   const Args& a = *p.a;
   const T* from = static_cast<const T*>(a.planes_data);
   const i64* s = a.planes_stride;
-  const i64 padded = sizes<T>(p).dim;
+  const i64 padded = sizes<T>(p).dim, all = a.groups * p.projections * padded;
   for (i64 g = 0; g < a.groups; ++g)
     for (i64 l = 0; l < a.tables; ++l)
       for (i64 k = 0; k < a.planes; ++k, to += padded)
         for (i64 d = 0; d < padded; ++d) to[d] = d < a.dim ? from[g * s[0] + l * s[1] + k * s[2] + d * s[3]] : T(0);
+  if (a.store != kBFloat16 || padded % (2 * W<T>) != 0) return;
+  split_rows<T>(to, to - all, all);
 }
 
 template <class T>
@@ -75,7 +78,7 @@ void begin_relay_of(const Problem& p, void* memory) {
 bool wide(const Problem& p) { return p.a->store == kFloat64; }
 std::size_t scratch_bytes(const Problem& p) { return wide(p) ? scratch_of<double>(p) : scratch_of<float>(p); }
 std::size_t packed_bytes(const Problem& p) {
-  const std::size_t rows = static_cast<std::size_t>(p.a->groups * p.projections);
+  const std::size_t rows = static_cast<std::size_t>(p.a->groups * p.projections * 2);
   return wide(p) ? rows * static_cast<std::size_t>(sizes<double>(p).dim) * sizeof(double)
                  : rows * static_cast<std::size_t>(sizes<float>(p).dim) * sizeof(float);
 }

@@ -31,8 +31,9 @@ class Base {
   void take_up(i64 head) {
     g = head;
     room.use(head - work.g);
-    f = {a.tables, a.planes, p.buckets, room.size.dim,
-         static_cast<const T*>(p.packed_planes) + g * p.projections * room.size.dim,
+    const i64 size = p.projections * room.size.dim;
+    const T* const planes = static_cast<const T*>(p.packed_planes);
+    f = {a.tables, a.planes, p.buckets, room.size.dim, planes + g * size, planes + (a.groups + g) * size,
          static_cast<const T*>(a.beta)[g * a.beta_stride]};
   }
   template <class Do>
@@ -151,10 +152,18 @@ class Base {
 
   // The factors of a block's keys (0 where absent) and queries, and 0 behind them.
   void key_parts(i64 begin, i64 count, const T* factor) {
-    for (i64 i = 0; i < C; ++i) room.part_k[i] = i < count && present(begin + i) ? (factor ? factor[i] : T(1)) : T(0);
+    fill_parts(room.part_k, count, factor);
+    room.some_absent = false;
+    for (i64 i = 0; a.mask && i < count; ++i)
+      if (!present(begin + i)) {
+        room.part_k[i] = 0;
+        room.some_absent = true;
+      }
   }
-  void query_parts(i64 count, const T* factor) {
-    for (i64 i = 0; i < C; ++i) room.part_q[i] = i < count ? (factor ? factor[i] : T(1)) : T(0);
+  void query_parts(i64 count, const T* factor) { fill_parts(room.part_q, count, factor); }
+  static void fill_parts(T* part, i64 count, const T* factor) {
+    for (i64 i = 0; i < count; ++i) part[i] = factor ? factor[i] : T(1);
+    for (i64 i = count; i < C; ++i) part[i] = 0;
   }
 
   // ---- gradients of hyperplanes and beta: in T over a run, float64 over a slot -----------------------------
@@ -181,17 +190,22 @@ class Base {
   }
   // Each load asks for the next block's as well: behind this one, or before it where the pass runs backward. Where
   // heads take turns `ask_far` has asked: nearer than the second cache there is no room for rows that lie 2 KiB apart.
+  // Keys and queries are read themselves only for the gradient of the hyperplanes.
   Tile<T> load_keys(const Block<T>& b, i64 rows) {
     ask_ahead(a.k, row.k0, b, g, a.dim, row.klen);
-    return load_tile<T>(p, a.k, row.batch, row.k0 + b.begin, g, b.count, rows, a.dim, room.size.dim, room.part_k, room.x);
+    if (!a.dplanes && !room.some_absent && reads_half<T>(p, a.k, b.count, rows, a.dim))
+      return {nullptr, a.k.t, at<T, std::uint16_t>(a.k, row.batch, row.k0 + b.begin, g)};
+    return load_tile<T>(p, a.k, row.batch, row.k0 + b.begin, g, b.count, rows, a.dim, room.size.dim, absent(), room.x);
   }
   Tile<T> load_values(const Block<T>& b, i64 rows) {
     ask_ahead(a.v, row.k0, b, g, a.value_dim, row.klen);
     return load_tile<T>(p, a.v, row.batch, row.k0 + b.begin, g, b.count, rows, a.value_dim, room.size.value,
-                        room.part_k, room.v);
+                        absent(), room.v);
   }
   Tile<T> load_queries(const Block<T>& b, i64 h, i64 rows) {
     ask_ahead(a.q, row.q0, b, h, a.dim, row.qlen);
+    if (!a.dplanes && reads_half<T>(p, a.q, b.count, rows, a.dim))
+      return {nullptr, a.q.t, at<T, std::uint16_t>(a.q, row.batch, row.q0 + b.begin, h)};
     return load_tile<T>(p, a.q, row.batch, row.q0 + b.begin, h, b.count, rows, a.dim, room.size.dim, nullptr, room.q);
   }
   Tile<T> load_grad_out(const Block<T>& b, i64 h, i64 rows, T* to) {
@@ -199,6 +213,7 @@ class Base {
     return load_tile<T>(p, a.grad_out, row.batch, row.q0 + b.begin, h, b.count, rows, a.value_dim, room.size.value,
                         nullptr, to);
   }
+  const T* absent() const { return room.some_absent ? room.part_k : nullptr; }  // what `load_tile` fills with zeros
   void ask_ahead(const Tokens& x, i64 first, const Block<T>& b, i64 h, i64 size, i64 length) {
     const i64 t = from_the_end ? b.begin - C : b.begin + b.count;
     if (t < 0 || x.d != 1 || work.heads > 1 || !p.large) return;
@@ -260,13 +275,16 @@ class Base {
     // The sums of W buckets at a time; behind the last token of the block buckets are 0.
     const i64 lanes = round_up(count, W<T>), at = room.size.value;
     for (i64 s = 0; s < p.states; s += W<T>) {
-      V<T> partial[W<T>] = {};
+      V<T> partial[W<T>];
       const i64 n = min_of(W<T>, p.states - s);
-      for (i64 k = 0; k < n; ++k)
-        for (i64 t = 0; t < lanes; t += W<T>) {
+      for (i64 k = 0; k < W<T>; ++k) {
+        V<T> sum = {};
+        for (i64 t = 0; k < n && t < lanes; t += W<T>) {
           const V<T> x = load(buckets + (s + k) * C + t);
-          partial[k] += weight ? x * load(weight + t) : x;
+          sum += weight ? x * load(weight + t) : x;
         }
+        partial[k] = sum;
+      }
       const V<T> mass = sums<T>(partial);
       for (i64 k = 0; k < n; ++k) {
         T* to = w + (s + k) * room.size.ld + at;
@@ -281,15 +299,14 @@ class Base {
   // scores[j][i] = pk_j . pq_i for keys j <= i of one block, else 0.
   void score(i64 count, i64 rows) {
     set_product<T>(room.scores, C, count, rows, {room.pk, C, 1, room.pq, C, p.states});
-    for (i64 j = 1; j < count; ++j)
-      for (i64 i = 0; i < j; ++i) room.scores[j * C + i] = 0;
+    keep_later<T>(room.scores, count, rows);
   }
 
   // den[i] = pq_i . mass, and with `inside` what the block's own keys add; inverse[i] = 1 / den[i], or 0 where no key
   // is seen (NaN stays NaN). An output does not change when pq_i is scaled: where den is so small that 1 / den would
   // overflow (10 planes, all of opposite signs; or decay), pq_i, its scores and den are scaled by lift[i].
   void denominators(const T* w, i64 states, i64 rows, i64 inside) {
-    bool any = false;
+    IV<T> small = {};
     for (i64 t = 0; t < rows; t += W<T>) {
       const T* mass = w + room.size.value;
       V<T> part[4] = {};  // four sums, for the processor to have more than one addition under way
@@ -297,11 +314,11 @@ class Base {
       for (i64 j = 0; j < inside; ++j) part[j & 3] += load(room.scores + j * C + t);
       const V<T> den = (part[0] + part[1]) + (part[2] + part[3]);
       put(room.den + t, den);
+      small |= (den > T(0)) & (den < kSmall);
       put(room.inverse + t, select<T>(den <= T(0), V<T>{}, T(1) / den));
       put(room.lift + t, splat<T>(1));
     }
-    for (i64 i = 0; i < rows; ++i) any |= (room.den[i] > 0) & (room.den[i] < kSmall);
-    if (any) lift(rows, inside);
+    if (any<T>(small)) lift(rows, inside);
   }
   static constexpr bool kSingle = sizeof(T) == 4;
   static constexpr T kSmall = kSingle ? T(0x1p-60) : T(0x1p-500);

@@ -89,7 +89,7 @@ struct Problem {
   i64 threads;
   i64 bfloat16;               // whether the processor narrows to bfloat16 by itself
   void* relay;                // in a relay, what its threads share: see relay.hpp
-  const void* packed_planes;  // [G][L * P][padded D]
+  const void* packed_planes;  // [G][L * P][padded D], and once more in another order
   void* inverse;              // [B * Tq * H][3]: 1 / denominator, its adjoint, lift; from queries to keys
   double* partial;            // [G][slots][2][L * P * D + 1]: gradients of hyperplanes and of beta
   const int* stop;            // set when the call is interrupted

@@ -89,47 +89,126 @@ class Ahead {
   i64 rate_ = 0, asked_ = 0, credit_ = 0;  // lines of `far` a step, times 256
 };
 
-// out[a * ldo + b] = sum over d of left[a][d] * right[b][d]: rows against rows, lanes along d. W sums are taken at a
-// time, so that the sums across lanes cost 3 (W - 1) operations for W results. `d` is a multiple of W, `nb` of Tb.
+// Rows as `dots` reads them: floats as they are, or bfloat16s in pairs, of which one vector holds the even ones and the next
+// the odd ones: no shuffle. What they are multiplied with has to lie in that order (`split_rows`).
 template <class T>
-struct DotTile {
-  static constexpr int b = W<T> >= 8 ? 4 : 2;
-  static constexpr int a = W<T> / b;
+struct PlainRows {
+  const T* p;
+  i64 ld;
+  static constexpr int kVectors = 1;
+  RACE_INLINE void read(i64 row, i64 k, V<T>* to) const { to[0] = load(p + row * ld + k); }
+};
+struct HalfRows {
+  const std::uint16_t* p;
+  i64 ld;
+  static constexpr int kVectors = 2;
+  RACE_INLINE void read(i64 row, i64 k, V<float>* to) const {
+    typedef std::uint32_t Bits __attribute__((vector_size(RACE_BYTES)));
+    Bits both;
+    __builtin_memcpy(&both, p + row * ld + k, sizeof both);
+    to[0] = (V<float>)(both << 16);
+    to[1] = (V<float>)(both & 0xffff0000u);
+  }
 };
 
-// With `triangular` only b >= a is wanted, and tiles without any are 0.
 template <class T>
-RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const T* right, i64 ldr, i64 nb, i64 d,
-                      Ahead* ahead = nullptr, bool triangular = false) {
-  constexpr int A = DotTile<T>::a, B = DotTile<T>::b;
-  for (i64 b0 = 0; b0 < nb; b0 += B)
-    for (i64 a0 = 0; a0 < na; a0 += A) {
-      if (triangular && b0 + B <= a0) {
-        for (i64 i = a0; i < min_of(a0 + A, na); ++i)
-          for (int j = 0; j < B; ++j) out[i * ldo + b0 + j] = 0;
-        continue;
+RACE_INLINE void split_rows(T* to, const T* from, i64 count) {
+  for (i64 d = 0; d < count; d += 2 * W<T>)
+    for (i64 i = 0; i < W<T>; ++i) {
+      to[d + i] = from[d + 2 * i];
+      to[d + W<T> + i] = from[d + 2 * i + 1];
+    }
+}
+
+// W sums, of A rows of `left` and B of `right`, so that the sums across lanes cost 3 (W - 1) operations for W results.
+template <class T, int A, class Right>
+RACE_INLINE V<T> dot_tile(const T* left, i64 ldl, i64 na, const Right& right, i64 b0, i64 d) {
+  constexpr int B = W<T> / A, kVectors = Right::kVectors;
+  const T* rows[A];
+  for (int i = 0; i < A; ++i) rows[i] = left + min_of(i, na - 1) * ldl;
+  V<T> acc[A * B] = {};
+  for (i64 k = 0; k < d; k += kVectors * W<T>) {
+    V<T> y[B][kVectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < B; ++j) right.read(b0 + j, k, y[j]);
+#pragma GCC unroll 16
+    for (int i = 0; i < A; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        V<T> x = load(rows[i] + k + v * W<T>);
+#pragma GCC unroll 16
+        for (int j = 0; j < B; ++j) acc[i * B + j] += x * y[j][v];
       }
-      const T* rows[A];
-      for (int i = 0; i < A; ++i) rows[i] = left + min_of(a0 + i, na - 1) * ldl;
-      const T* columns = right + b0 * ldr;
-      V<T> acc[A * B] = {};
-      for (i64 k = 0; k < d; k += W<T>) {
-        V<T> y[B];
-#pragma GCC unroll 16
-        for (int j = 0; j < B; ++j) y[j] = load(columns + j * ldr + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < A; ++i) {
-          V<T> x = load(rows[i] + k);
-#pragma GCC unroll 16
-          for (int j = 0; j < B; ++j) acc[i * B + j] += x * y[j];
-        }
-      }
-      V<T> result = sums<T>(acc);
-      for (int i = 0; i < A && a0 + i < na; ++i)
-        for (int j = 0; j < B; ++j) out[(a0 + i) * ldo + b0 + j] = result[i * B + j];
+  }
+  return sums<T>(acc);
+}
+
+// The last few rows of `left`, where a tile of several would be half empty.
+template <class T, class Right>
+RACE_INLINE void last_dots(T* out, i64 ldo, const T* left, i64 ldl, i64 begin, i64 end, const Right& right, i64 nb, i64 d,
+                           Ahead* ahead) {
+  for (i64 a = begin; a < end; ++a)
+    for (i64 b = 0; b < nb; b += W<T>) {
+      store<T>(out + a * ldo + b, dot_tile<T, 1>(left + a * ldl, ldl, 1, right, b, d));
       if (ahead) ahead->ask(d / W<T>);
     }
 }
+
+// Of four tiles the rows: [tile][i][j] to [i][tile][j], with j of 128 bits.
+#if RACE_BYTES == 64
+RACE_INLINE void turn_quarters(V<float> (&x)[4]) {
+  using Low = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>;
+  using High = Lanes<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>;
+  using Even = Lanes<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>;
+  using Odd = Lanes<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>;
+  const V<float> a = shuffle<float>(x[0], x[1], Low{}), b = shuffle<float>(x[2], x[3], Low{});
+  const V<float> c = shuffle<float>(x[0], x[1], High{}), e = shuffle<float>(x[2], x[3], High{});
+  x[0] = shuffle<float>(a, b, Even{});
+  x[1] = shuffle<float>(a, b, Odd{});
+  x[2] = shuffle<float>(c, e, Even{});
+  x[3] = shuffle<float>(c, e, Odd{});
+}
+#endif
+
+// out[a * ldo + b] = sum over d of left[a][d] * right[b][d]: rows against rows, lanes along d. `d` is a multiple of the
+// vectors that a read takes, `nb` of W. With `triangular` only b >= a is wanted, and tiles without any are 0.
+template <class T>
+RACE_INLINE void dots(T* out, i64 ldo, const T* left, i64 ldl, i64 na, const PlainRows<T>& right, i64 nb, i64 d,
+                      Ahead* ahead = nullptr, bool triangular = false) {
+  constexpr int A = W<T> / (W<T> >= 8 ? 4 : 2), B = W<T> / A, kFew = W<T> >= 16 ? 2 : 1;
+  const i64 whole = na % A > kFew ? na : na / A * A;
+  for (i64 b0 = 0; b0 < nb; b0 += B)
+    for (i64 a0 = 0; a0 < whole; a0 += A) {
+      const i64 n = min_of(A, na - a0);
+      V<T> result = {};
+      if (!triangular || b0 + B > a0) {
+        result = dot_tile<T, A>(left + a0 * ldl, ldl, n, right, b0, d);
+        if (ahead) ahead->ask(d / W<T>);
+      }
+      for (int i = 0; i < A && i < n; ++i)
+        for (int j = 0; j < B; ++j) out[(a0 + i) * ldo + b0 + j] = result[i * B + j];
+    }
+  last_dots(out, ldo, left, ldl, whole, na, right, nb, d, ahead);
+}
+#if RACE_BYTES == 64
+// Here the rows of `right` are outside: they lie closer together, and less far apart than the ways of a cache.
+RACE_INLINE void dots(float* out, i64 ldo, const float* left, i64 ldl, i64 na, const HalfRows& right, i64 nb, i64 d,
+                      Ahead* ahead = nullptr) {
+  const i64 whole = na % 4 > 2 ? na : na / 4 * 4;
+  for (i64 a0 = 0; a0 < whole; a0 += 4)
+    for (i64 b = 0; b < nb; b += 16) {
+      const i64 n = min_of(4, na - a0);
+      V<float> result[4];
+      for (int m = 0; m < 4; ++m) {
+        result[m] = dot_tile<float, 4>(left + a0 * ldl, ldl, n, right, b + m * 4, d);
+        if (ahead) ahead->ask(d / 16);
+      }
+      turn_quarters(result);
+      for (i64 i = 0; i < n; ++i) store<float>(out + (a0 + i) * ldo + b, result[i]);
+    }
+  last_dots(out, ldo, left, ldl, whole, na, right, nb, d, ahead);
+}
+#endif
 
 // One factor pair of `combine`: sum over k of x[k * xk + i * xi] * rows[k * ld + column].
 template <class T>

@@ -161,7 +161,7 @@ struct Room {
   T *stash, *own_pk, *own_pq, *own_scores, *own_across;
   Slopes<T> key_slopes, own_slopes;
   i64 stash_stride;
-  bool stashed, relay;
+  bool stashed, relay, some_absent;  // some_absent: of the block's keys
 
   Room(const Problem& p, Cutter& cut) : size(sizes<T>(p)) {
     const i64 S = p.states, LP = p.projections, run = p.a->run;
@@ -221,7 +221,7 @@ struct Room {
     own_scores = scores;
     own_across = across;
     key_slopes = own_slopes = slopes;
-    stashed = false;
+    stashed = some_absent = false;
     block_count = 0;
   }
 

@@ -244,6 +244,18 @@ template <class T>
 RACE_INLINE V<T> select(IV<T> mask, V<T> yes, V<T> no) {
   return mask ? yes : no;
 }
+template <class T>
+RACE_INLINE bool any(IV<T> mask) {
+#if RACE_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif RACE_BYTES == 32 && defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  bool found = false;
+  for (int i = 0; i < W<T>; ++i) found |= mask[i] != 0;
+  return found;
+#endif
+}
 // 1 / x for x far from the ends of the range, within 1 ulp: a division of 16 numbers holds a processor's unit for 16 cycles.
 RACE_INLINE V<float> reciprocal(V<float> x) {
 #if RACE_BYTES == 64 && defined(__AVX512F__)
@@ -255,24 +267,39 @@ RACE_INLINE V<float> reciprocal(V<float> x) {
 }
 RACE_INLINE V<double> reciprocal(V<double> x) { return 1.0 / x; }
 // exp(x) for x <= 0: within 1 ulp, and at least exp(-87) (float32) or exp(-708) (float64), which stand for 0; NaN of NaN.
-RACE_INLINE V<float> exp_negative(V<float> x) {
-  x = select<float>(x < -87.0f, splat<float>(-87.0f), x);
-  const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-  V<float> shifted = x * 1.44269504088896341f + magic;
-  V<float> n = shifted - magic;
-  V<float> r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  V<float> p = splat<float>(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  V<float> y = p * (r * r) + r + 1.0f;
-  return y * (V<float>)(((IV<float>)shifted + 127) << 23);
+// Several vectors side by side: each is a chain of operations that wait for each other.
+template <int N>
+RACE_INLINE void step(V<float> (&p)[N], const V<float> (&x)[N], float c) {  // of a polynomial in x
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + c;
 }
-
-RACE_INLINE V<double> exp_negative(V<double> x) {
+template <int N>
+RACE_INLINE void exp_negative(V<float> (&x)[N]) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  V<float> shifted[N], r[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    x[i] = select<float>(x[i] < -87.0f, splat<float>(-87.0f), x[i]);
+    shifted[i] = x[i] * 1.44269504088896341f + magic;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const V<float> n = shifted[i] - magic;
+    r[i] = x[i] - n * 0.693359375f;
+    r[i] = r[i] - n * -2.12194440e-4f;
+    p[i] = r[i] * 1.9875691500e-4f + 1.3981999507e-3f;
+  }
+  step<N>(p, r, 8.3334519073e-3f);
+  step<N>(p, r, 4.1665795894e-2f);
+  step<N>(p, r, 1.6666665459e-1f);
+  step<N>(p, r, 5.0000001201e-1f);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const V<float> y = p[i] * (r[i] * r[i]) + r[i] + 1.0f;
+    x[i] = y * (V<float>)(((IV<float>)shifted[i] + 127) << 23);
+  }
+}
+RACE_INLINE V<double> exp_negative_of(V<double> x) {
   x = select<double>(x < -708.0, splat<double>(-708.0), x);
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
   V<double> shifted = x * 1.4426950408889634074 + magic;
@@ -295,15 +322,12 @@ RACE_INLINE V<double> exp_negative(V<double> x) {
   return y * (V<double>)(((IV<double>)shifted + 1023) << 52);
 }
 
-// tanh(x) / x - 1 for |x| < 0.625, as a function of x^2 (Cephes).
-RACE_INLINE V<float> tanh_small(V<float> z) {
-  V<float> p = splat<float>(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  return p * z;
+template <int N>
+RACE_INLINE void exp_negative(V<double> (&x)[N]) {
+  for (int i = 0; i < N; ++i) x[i] = exp_negative_of(x[i]);
 }
+
+// tanh(x) / x - 1 for |x| < 0.625, as a function of x^2 (Cephes).
 RACE_INLINE V<double> tanh_small(V<double> z) {
   V<double> p = splat<double>(-9.64399179425052238628e-1);
   p = p * z - 9.92877231001918586564e1;
@@ -314,17 +338,40 @@ RACE_INLINE V<double> tanh_small(V<double> z) {
   return p / q * z;
 }
 
-// tanh(x) within 2 ulp, and its derivative 4e / (1 + e)^2 with e = exp(-2 |x|), which never cancels.
-template <class T>
-RACE_INLINE V<T> tanh_and_slope(V<T> x, V<T>* slope) {
-  V<T> size = select<T>(x < T(0), -x, x);
-  V<T> e = exp_negative(size * T(-2));
-  V<T> r = reciprocal(e + T(1));
-  *slope = T(4) * e * (r * r);
-  V<T> large = T(1) - T(2) * e * r;
-  V<T> small = size * tanh_small(size * size) + size;
-  V<T> t = select<T>(size < T(0.625), small, large);
-  return select<T>(x < T(0), -t, t);
+// tanh(x) within 2 ulp, and where asked for its derivative 4e / (1 + e)^2 with e = exp(-2 |x|), which never cancels.
+template <bool Slope, int N>
+RACE_INLINE void tanh_of(V<float> (&x)[N], V<float> (&slope)[N]) {
+  V<float> size[N], e[N], z[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    size[i] = select<float>(x[i] < 0.0f, -x[i], x[i]);
+    e[i] = size[i] * -2.0f;
+    z[i] = size[i] * size[i];
+    p[i] = z[i] * -5.70498872745e-3f + 2.06390887954e-2f;  // tanh(x) / x - 1 for |x| < 0.625 (Cephes)
+  }
+  exp_negative<N>(e);
+  step<N>(p, z, -5.37397155531e-2f);
+  step<N>(p, z, 1.33314422036e-1f);
+  step<N>(p, z, -3.33332819422e-1f);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const V<float> r = reciprocal(e[i] + 1.0f);
+    if (Slope) slope[i] = 4.0f * e[i] * (r * r);
+    const V<float> large = 1.0f - 2.0f * e[i] * r, small = size[i] * (p[i] * z[i]) + size[i];
+    const V<float> t = select<float>(size[i] < 0.625f, small, large);
+    x[i] = select<float>(x[i] < 0.0f, -t, t);
+  }
+}
+template <bool Slope, int N>
+RACE_INLINE void tanh_of(V<double> (&x)[N], V<double> (&slope)[N]) {
+  for (int i = 0; i < N; ++i) {
+    const V<double> size = select<double>(x[i] < 0.0, -x[i], x[i]);
+    const V<double> e = exp_negative_of(size * -2.0), r = reciprocal(e + 1.0);
+    if (Slope) slope[i] = 4.0 * e * (r * r);
+    const V<double> large = 1.0 - 2.0 * e * r, small = size * tanh_small(size * size) + size;
+    const V<double> t = select<double>(size < 0.625, small, large);
+    x[i] = select<double>(x[i] < 0.0, -t, t);
+  }
 }
 
 }  // namespace

@@ -69,11 +69,12 @@ RACE_INLINE void write_half(char* to, const float* row, i64 size, i64 stride, fl
 }
 RACE_INLINE void write_half(char*, const double*, i64, i64, double, bool, bool) {}  // no bfloat16 has float64 arithmetic
 
-// A block of rows of tokens in the arithmetic's dtype.
+// A block of rows of tokens in the arithmetic's dtype; where only their projections are wanted, as they lie in memory.
 template <class T>
 struct Tile {
   const T* p;
   i64 ld;
+  const std::uint16_t* half = nullptr;
   RACE_INLINE const T* row(i64 i) const { return p + i * ld; }
 };
 
@@ -82,16 +83,19 @@ RACE_INLINE const Stored* at(const Tokens& x, i64 b, i64 t, i64 h) {
   return static_cast<const Stored*>(x.data) + b * x.b + t * x.t + h * x.h;
 }
 
+// Whether `dots` can read so many tokens as they lie in memory.
+template <class T>
+RACE_INLINE bool reads_half(const Problem& p, const Tokens& x, i64 n, i64 rows, i64 size) {
+  return sizeof(T) == 4 && RACE_BYTES == 64 && p.a->store == kBFloat16 && x.d == 1 && n == rows && size % (2 * W<T>) == 0;
+}
+
 // Tokens t .. t + n - 1 of head h, each of `size` numbers, as `rows` rows of `padded` numbers: filled with zeros
-// behind, and where `part` is 0 (what takes no part may hold anything, NaN included). Read in place where possible.
+// behind, and where `part` is given and 0 (what takes no part may hold anything, NaN included). Read in place where possible.
 template <class T>
 __attribute__((noinline)) Tile<T> load_tile(const Problem& p, const Tokens& x, i64 b, i64 t, i64 h, i64 n, i64 rows,
                                             i64 size, i64 padded, const T* part, T* room) {
   const bool half = p.a->store == kBFloat16;
-  bool all = true;
-  if (part)
-    for (i64 i = 0; i < n; ++i) all = all && part[i] != 0;
-  if (!half && x.d == 1 && size == padded && n == rows && all) return {at<T, T>(x, b, t, h), x.t};
+  if (!half && x.d == 1 && size == padded && n == rows && !part) return {at<T, T>(x, b, t, h), x.t};
   for (i64 i = 0; i < rows; ++i) {
     T* row = room + i * padded;
     if (i >= n || (part && part[i] == 0)) {
@@ -146,6 +150,18 @@ __attribute__((noinline)) void store_tile(const Problem& p, const Tokens& x, i64
   }
 }
 
+// Of a block's matrix [j][i] what lies at i >= j; the rest is 0.
+template <class T>
+RACE_INLINE void keep_later(T* matrix, i64 count, i64 rows) {
+  IV<T> lane;
+  for (int i = 0; i < W<T>; ++i) lane[i] = i;
+  for (i64 t = 0; t < rows; t += W<T>)
+    for (i64 j = t + 1; j < count; ++j) {
+      const IV<T> from = IV<T>{} + static_cast<typename Simd<T>::Int>(j - t);
+      store<T>(matrix + j * C + t, select<T>(lane >= from, load(matrix + j * C + t), V<T>{}));
+    }
+}
+
 // ---- soft buckets -----------------------------------------------------------------------------------------
 
 // phi = prod_p u_{p, sign}, u = (1 - FLOOR) sigmoid(+-z) + FLOOR / 2, z = 2 beta tanh(w.x): features.py's
@@ -159,44 +175,75 @@ struct Slopes {  // of each plane and token, what the backward needs
 template <class T>
 struct Hash {
   i64 tables, planes, buckets, padded_dim;
-  const T* w;  // [L * P][padded D]
+  const T *w, *split;  // [L * P][padded D], in order and in that of HalfRows
   T beta;
 };
 
-template <class T>
-__attribute__((noinline)) void hash(const Hash<T>& f, Tile<T> x, i64 rows, const T* part, T* y, T* phi,
-                                    const Slopes<T>* slopes, Ahead* ahead) {
+// Of N projections of W tokens: both factors in the place of the projection and in `down`.
+template <class T, bool Sloped, int N>
+RACE_INLINE void factors(T beta, T* y, T* down, const Slopes<T>* slopes, i64 at) {
   const T floor = T(1) / 8192;
+  V<T> sign[N], slope[N], e[N], z[N];
+  for (int i = 0; i < N; ++i) sign[i] = load(y + at + i * C);
+  tanh_of<Sloped, N>(sign, slope);
+  for (int i = 0; i < N; ++i) {
+    z[i] = (T(2) * beta) * sign[i];
+    e[i] = select<T>(z[i] < T(0), z[i], -z[i]);
+  }
+  exp_negative<N>(e);
+  for (int i = 0; i < N; ++i) {
+    const V<T> r = reciprocal(e[i] + T(1));
+    const V<T> near = (1 - floor) * r + floor / 2, far = (1 - floor) * (e[i] * r) + floor / 2;
+    const V<T> up = select<T>(z[i] < T(0), far, near), low = select<T>(z[i] < T(0), near, far);
+    const i64 here = at + i * C;
+    store<T>(y + here, up);
+    store<T>(down + here, low);
+    if constexpr (Sloped) {
+      const V<T> dz = (1 - floor) * e[i] * (r * r);
+      store<T>(slopes->inverse_up + here, reciprocal(up));
+      store<T>(slopes->inverse_down + here, reciprocal(low));
+      store<T>(slopes->to_projection + here, dz * (T(2) * beta) * slope[i]);
+      store<T>(slopes->to_beta + here, dz * (T(2) * sign[i]));
+    }
+  }
+}
+template <class T, bool Sloped>
+RACE_INLINE void all_factors(T beta, i64 projections, T* y, T* down, const Slopes<T>* slopes, i64 t) {
+  constexpr int kMost = sizeof(T) == 4 && RACE_BYTES == 64 ? 4 : 2;  // as the registers allow
+  i64 n = 0;
+  for (; n + kMost <= projections; n += kMost) factors<T, Sloped, kMost>(beta, y, down, slopes, n * C + t);
+  for (; n < projections; ++n) factors<T, Sloped, 1>(beta, y, down, slopes, n * C + t);
+}
+
+// `y` and `down` are room for the projections.
+template <class T>
+__attribute__((noinline)) void hash(const Hash<T>& f, Tile<T> x, i64 rows, const T* part, T* y, T* down, T* phi,
+                                    const Slopes<T>* slopes, Ahead* ahead) {
   const i64 projections = f.tables * f.planes;
-  dots<T>(y, C, f.w, f.padded_dim, projections, x.p, x.ld, rows, f.padded_dim, ahead);
-  for (i64 t = 0; t < rows; t += W<T>)
+#if RACE_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    if (x.half) dots(y, C, f.split, f.padded_dim, projections, HalfRows{x.half, x.ld}, rows, f.padded_dim, ahead);
+#endif
+  if (!x.half) dots<T>(y, C, f.w, f.padded_dim, projections, {x.p, x.ld}, rows, f.padded_dim, ahead);
+  for (i64 t = 0; t < rows; t += W<T>) {
+    if (slopes)
+      all_factors<T, true>(f.beta, projections, y, down, slopes, t);
+    else
+      all_factors<T, false>(f.beta, projections, y, down, slopes, t);
     for (i64 l = 0; l < f.tables; ++l) {
       T* table = phi + l * f.buckets * C + t;
       store<T>(table, load(part + t));
       for (i64 k = 0; k < f.planes; ++k) {
-        const i64 at = (l * f.planes + k) * C + t;
-        V<T> slope;
-        V<T> sign = tanh_and_slope<T>(load(y + at), &slope);
-        V<T> z = (T(2) * f.beta) * sign;
-        V<T> e = exp_negative(select<T>(z < T(0), z, -z));
-        V<T> r = reciprocal(e + T(1));
-        V<T> near = (1 - floor) * r + floor / 2, far = (1 - floor) * (e * r) + floor / 2;
-        V<T> up = select<T>(z < T(0), far, near), down = select<T>(z < T(0), near, far);
-        if (slopes) {
-          V<T> dz = (1 - floor) * e * (r * r);
-          store<T>(slopes->inverse_up + at, reciprocal(up));
-          store<T>(slopes->inverse_down + at, reciprocal(down));
-          store<T>(slopes->to_projection + at, dz * (T(2) * f.beta) * slope);
-          store<T>(slopes->to_beta + at, dz * (T(2) * sign));
-        }
-        const i64 half = i64(1) << k;
+        const i64 at = (l * f.planes + k) * C + t, half = i64(1) << k;
+        const V<T> up = load(y + at), low = load(down + at);
         for (i64 i = 0; i < half; ++i) {
           V<T> before = load(table + i * C);
           store<T>(table + (half + i) * C, before * up);
-          store<T>(table + i * C, before * down);
+          store<T>(table + i * C, before * low);
         }
       }
     }
+  }
 }
 
 // From dphi (overwritten) to dy, the adjoint of the projections. With q = phi dphi, which no scale of phi changes,
