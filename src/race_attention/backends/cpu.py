@@ -214,7 +214,7 @@ def run_length(buckets: int) -> int:
     Shorter for few buckets, so that a run of the backward stays in the cache; at most 2048, so that sums of equal
     tokens in float32 keep 1e-5.
     """
-    return min(max(8 * buckets, 256), 2048)
+    return min(max(8 * buckets, 128), 2048)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

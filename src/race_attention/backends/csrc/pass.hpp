@@ -34,7 +34,7 @@ class Base {
     const i64 size = p.projections * room.size.dim;
     const T* const planes = static_cast<const T*>(p.packed_planes);
     f = {a.tables, a.planes, p.buckets, room.size.dim, planes + g * size, planes + (a.groups + g) * size,
-         static_cast<const T*>(a.beta)[g * a.beta_stride]};
+         static_cast<const T*>(a.beta)[g * a.beta_stride], a.store == kBFloat16};
   }
   template <class Do>
   void for_heads(Do&& work_on) {

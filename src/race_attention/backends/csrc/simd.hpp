@@ -256,6 +256,13 @@ RACE_INLINE bool any(IV<T> mask) {
   return found;
 #endif
 }
+RACE_INLINE V<float> coarse_reciprocal(V<float> x) {  // to 6e-5
+#if RACE_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_rcp14_ps(x);
+#else
+  return 1.0f / x;
+#endif
+}
 // 1 / x for x far from the ends of the range, within 1 ulp: a division of 16 numbers holds a processor's unit for 16 cycles.
 RACE_INLINE V<float> reciprocal(V<float> x) {
 #if RACE_BYTES == 64 && defined(__AVX512F__)
@@ -266,6 +273,13 @@ RACE_INLINE V<float> reciprocal(V<float> x) {
 #endif
 }
 RACE_INLINE V<double> reciprocal(V<double> x) { return 1.0 / x; }
+template <bool Coarse, class Vector>
+RACE_INLINE Vector quotient(Vector x) {
+  if constexpr (Coarse)
+    return coarse_reciprocal(x);
+  else
+    return reciprocal(x);
+}
 // exp(x) for x <= 0: within 1 ulp, and at least exp(-87) (float32) or exp(-708) (float64), which stand for 0; NaN of NaN.
 // Several vectors side by side: each is a chain of operations that wait for each other.
 template <int N>
@@ -299,6 +313,27 @@ RACE_INLINE void exp_negative(V<float> (&x)[N]) {
     x[i] = y * (V<float>)(((IV<float>)shifted[i] + 127) << 23);
   }
 }
+// The same to 8e-5, for tokens that come in bfloat16, which are themselves rounded by up to 2e-3.
+template <int N>
+RACE_INLINE void coarse_exp_negative(V<float> (&x)[N]) {
+  const float magic = 12582912.0f;
+  V<float> shifted[N], r[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    x[i] = select<float>(x[i] < -87.0f, splat<float>(-87.0f), x[i]);
+    shifted[i] = x[i] * 1.44269504088896341f + magic;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    r[i] = x[i] * 1.44269504088896341f - (shifted[i] - magic);
+    p[i] = r[i] * 5.51715516e-2f + 2.42611357e-1f;
+  }
+  step<N>(p, r, 6.93261019e-1f);
+  step<N>(p, r, 9.99928060e-1f);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = p[i] * (V<float>)(((IV<float>)shifted[i] + 127) << 23);
+}
+
 RACE_INLINE V<double> exp_negative_of(V<double> x) {
   x = select<double>(x < -708.0, splat<double>(-708.0), x);
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
@@ -360,6 +395,32 @@ RACE_INLINE void tanh_of(V<float> (&x)[N], V<float> (&slope)[N]) {
     const V<float> large = 1.0f - 2.0f * e[i] * r, small = size[i] * (p[i] * z[i]) + size[i];
     const V<float> t = select<float>(size[i] < 0.625f, small, large);
     x[i] = select<float>(x[i] < 0.0f, -t, t);
+  }
+}
+// The same to 1.4e-4: x P(x^2) / Q(x^2), fitted to the least relative error up to where tanh is 1.
+template <bool Slope, int N>
+RACE_INLINE void coarse_tanh_of(V<float> (&x)[N], V<float> (&slope)[N]) {
+  V<float> p[N], q[N], z[N], e[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const V<float> most = splat<float>(9.02f);
+    if (Slope) e[i] = select<float>(x[i] < 0.0f, x[i], -x[i]) * 2.0f;
+    x[i] = select<float>(x[i] > most, most, select<float>(x[i] < -most, -most, x[i]));
+    z[i] = x[i] * x[i];
+    p[i] = z[i] * 1.16914764e-3f + 1.08635783e-1f;
+    q[i] = z[i] * 3.66009535e-5f + 1.53976829e-2f;
+  }
+  step<N>(p, z, 9.99924244e-1f);
+  step<N>(q, z, 4.41568941e-1f);
+  step<N>(q, z, 1.0f);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = x[i] * p[i] * coarse_reciprocal(q[i]);
+  if (!Slope) return;
+  coarse_exp_negative<N>(e);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const V<float> r = coarse_reciprocal(e[i] + 1.0f);
+    slope[i] = 4.0f * e[i] * (r * r);
   }
 }
 template <bool Slope, int N>

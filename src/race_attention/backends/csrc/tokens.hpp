@@ -177,42 +177,60 @@ struct Hash {
   i64 tables, planes, buckets, padded_dim;
   const T *w, *split;  // [L * P][padded D], in order and in that of HalfRows
   T beta;
+  bool coarse;  // tokens came in bfloat16
 };
 
 // Of N projections of W tokens: both factors in the place of the projection and in `down`.
-template <class T, bool Sloped, int N>
+template <class T, bool Sloped, bool Coarse, int N>
 RACE_INLINE void factors(T beta, T* y, T* down, const Slopes<T>* slopes, i64 at) {
   const T floor = T(1) / 8192;
   V<T> sign[N], slope[N], e[N], z[N];
   for (int i = 0; i < N; ++i) sign[i] = load(y + at + i * C);
-  tanh_of<Sloped, N>(sign, slope);
+  if constexpr (Coarse)
+    coarse_tanh_of<Sloped, N>(sign, slope);
+  else
+    tanh_of<Sloped, N>(sign, slope);
   for (int i = 0; i < N; ++i) {
     z[i] = (T(2) * beta) * sign[i];
     e[i] = select<T>(z[i] < T(0), z[i], -z[i]);
   }
-  exp_negative<N>(e);
+  if constexpr (Coarse)
+    coarse_exp_negative<N>(e);
+  else
+    exp_negative<N>(e);
   for (int i = 0; i < N; ++i) {
-    const V<T> r = reciprocal(e[i] + T(1));
-    const V<T> near = (1 - floor) * r + floor / 2, far = (1 - floor) * (e[i] * r) + floor / 2;
+    const V<T> r = quotient<Coarse>(e[i] + T(1));
+    const V<T> far = (1 - floor) * (e[i] * r) + floor / 2;
+    const V<T> near = Coarse ? T(1) - far : (1 - floor) * r + floor / 2;  // either way their sum is 1
     const V<T> up = select<T>(z[i] < T(0), far, near), low = select<T>(z[i] < T(0), near, far);
     const i64 here = at + i * C;
     store<T>(y + here, up);
     store<T>(down + here, low);
     if constexpr (Sloped) {
       const V<T> dz = (1 - floor) * e[i] * (r * r);
-      store<T>(slopes->inverse_up + here, reciprocal(up));
-      store<T>(slopes->inverse_down + here, reciprocal(low));
+      store<T>(slopes->inverse_up + here, quotient<Coarse>(up));
+      store<T>(slopes->inverse_down + here, quotient<Coarse>(low));
       store<T>(slopes->to_projection + here, dz * (T(2) * beta) * slope[i]);
       store<T>(slopes->to_beta + here, dz * (T(2) * sign[i]));
     }
   }
 }
-template <class T, bool Sloped>
+template <class T, bool Sloped, bool Coarse>
 RACE_INLINE void all_factors(T beta, i64 projections, T* y, T* down, const Slopes<T>* slopes, i64 t) {
   constexpr int kMost = sizeof(T) == 4 && RACE_BYTES == 64 ? 4 : 2;  // as the registers allow
   i64 n = 0;
-  for (; n + kMost <= projections; n += kMost) factors<T, Sloped, kMost>(beta, y, down, slopes, n * C + t);
-  for (; n < projections; ++n) factors<T, Sloped, 1>(beta, y, down, slopes, n * C + t);
+  for (; n + kMost <= projections; n += kMost) factors<T, Sloped, Coarse, kMost>(beta, y, down, slopes, n * C + t);
+  for (; n < projections; ++n) factors<T, Sloped, Coarse, 1>(beta, y, down, slopes, n * C + t);
+}
+template <class T>
+RACE_INLINE void all_factors(const Hash<T>& f, T* y, T* down, const Slopes<T>* slopes, i64 t) {
+  const i64 projections = f.tables * f.planes;
+  if constexpr (sizeof(T) == 4)
+    if (f.coarse)
+      return slopes ? all_factors<T, true, true>(f.beta, projections, y, down, slopes, t)
+                    : all_factors<T, false, true>(f.beta, projections, y, down, slopes, t);
+  slopes ? all_factors<T, true, false>(f.beta, projections, y, down, slopes, t)
+         : all_factors<T, false, false>(f.beta, projections, y, down, slopes, t);
 }
 
 // `y` and `down` are room for the projections.
@@ -226,10 +244,7 @@ __attribute__((noinline)) void hash(const Hash<T>& f, Tile<T> x, i64 rows, const
 #endif
   if (!x.half) dots<T>(y, C, f.w, f.padded_dim, projections, {x.p, x.ld}, rows, f.padded_dim, ahead);
   for (i64 t = 0; t < rows; t += W<T>) {
-    if (slopes)
-      all_factors<T, true>(f.beta, projections, y, down, slopes, t);
-    else
-      all_factors<T, false>(f.beta, projections, y, down, slopes, t);
+    all_factors(f, y, down, slopes, t);
     for (i64 l = 0; l < f.tables; ++l) {
       T* table = phi + l * f.buckets * C + t;
       store<T>(table, load(part + t));
