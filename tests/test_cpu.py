@@ -564,3 +564,13 @@ def test_the_first_call_decides_nothing_for_those_after(mode):
         assert learned["query"].grad.any()
     """)
     assert done.returncode == 0, done.stderr
+
+
+def test_compiled_lengths_then_options():
+    """Once lengths have changed, T is a symbol in one tensor and a number in one that comes later, and they are equal."""
+    compiled = torch.compile(lambda given: race_attention(**given, backend="cpu"), fullgraph=True, backend="eager")
+    options = [{"tokens": 5}, {"tokens": 9}, {"tokens": 5, "decay": "token"}, {"tokens": 9, "masked": 0.3}]
+    options += [{"tokens": 5, "initial_state": True}, {"batch": 3, "tokens": 9, "initial_state": True}]
+    for some in options:
+        inputs = make_inputs(causal=True, **some)
+        assert relative_error(compiled(inputs), race_attention(**inputs, backend="cpu")) <= 1e-6

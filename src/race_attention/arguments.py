@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 
@@ -46,3 +47,8 @@ def number(name: str, given: float, least: float, most: float, ends: Literal["[]
     if not (above and below):
         raise ValueError(f"{name}: got {given}, allowed is in {ends[0]}{least:g}, {most:g}{ends[1]}")
     return float(given)
+
+
+def same_shape(given: Sequence[int], allowed: Sequence[int]) -> bool:
+    """Size by size: tuples of which one has a number where the other has a symbol are unequal to torch.compile."""
+    return len(given) == len(allowed) and all(a == b for a, b in zip(given, allowed, strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import flag
+from .arguments import flag, same_shape
 from .state import RaceState
 
 MAX_BETA = 1e4
@@ -82,7 +82,7 @@ def _check_same_device(name: str, x: Tensor, query: Tensor) -> None:
 
 
 def _check_shape(name: str, x: Tensor, query: Tensor, *allowed: tuple[int, ...]) -> None:
-    if tuple(x.shape) not in allowed:
+    if not any(same_shape(x.shape, shape) for shape in allowed):
         shapes = " or ".join(str(list(shape)) for shape in allowed)
         raise ValueError(f"{name}: got shape {shape_of(x)}, allowed is {shapes}")
     _check_same_device(name, x, query)
@@ -111,7 +111,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> No
         )
     if heads % key.shape[2]:
         raise ValueError(f"query: got H = {heads} heads, allowed is a multiple of the key's G = {key.shape[2]}")
-    if value.shape[:3] != key.shape[:3]:
+    if not same_shape(value.shape[:3], key.shape[:3]):
         raise ValueError(
             f"value: got shape {shape_of(value)}, allowed is {[*key.shape[:3]]} and Dv (key {shape_of(key)})"
         )
@@ -199,7 +199,7 @@ def _check_packing(
     if causal:
         raise ValueError("cu_seqlens_key: got a tensor with causal=True, allowed is None there: cu_seqlens serves both")
     _check_offsets("cu_seqlens_key", cu_seqlens_key, key)
-    if cu_seqlens_key.shape != cu_seqlens.shape:
+    if not same_shape(cu_seqlens_key.shape, cu_seqlens.shape):
         raise ValueError(
             f"cu_seqlens_key: got shape {shape_of(cu_seqlens_key)}, "
             f"allowed is that of cu_seqlens, {shape_of(cu_seqlens)}"
@@ -222,7 +222,7 @@ def _check_state(state: RaceState | None, rows: int, hyperplanes: Tensor, value:
         raise TypeError(f"initial_state: got {type(state).__name__}, allowed is RaceState")
     tables, planes = hyperplanes.shape[1:3]
     allowed = (rows, groups, tables, 2**planes, value.shape[3])
-    if tuple(state.value_sum.shape) != allowed:
+    if not same_shape(state.value_sum.shape, allowed):
         raise ValueError(
             f"initial_state: got value_sum of shape {shape_of(state.value_sum)}, allowed is {list(allowed)} "
             f"(rows, key heads, tables, buckets, Dv)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import same_shape
+
 
 def check_inputs(
     x: Tensor,
@@ -36,7 +38,7 @@ def check_inputs(
     allowed = list((x if context is None else context).shape[:2])
     if key_padding_mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask: got {key_padding_mask.dtype}, allowed is bool (True is padding)")
-    if list(key_padding_mask.shape) != allowed:
+    if not same_shape(key_padding_mask.shape, allowed):
         raise ValueError(f"key_padding_mask: got shape {list(key_padding_mask.shape)}, allowed is {allowed}")
     if cu_seqlens is not None:
         raise ValueError("key_padding_mask: got a mask with cu_seqlens, allowed is one of them")
