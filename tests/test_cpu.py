@@ -567,7 +567,7 @@ def test_the_first_call_decides_nothing_for_those_after(mode):
 
 
 def test_compiled_lengths_then_options():
-    """Once lengths have changed, T is a symbol in one tensor and a number in one that comes later: equal all the same."""
+    """Once lengths have changed, T is a symbol in one tensor and a number in one that comes later: equal, though."""
     compiled = torch.compile(lambda given: race_attention(**given, backend="cpu"), fullgraph=True, backend="eager")
     options = [{"tokens": 5}, {"tokens": 9}, {"tokens": 5, "decay": "token"}, {"tokens": 9, "masked": 0.3}]
     options += [{"tokens": 5, "initial_state": True}, {"batch": 3, "tokens": 9, "initial_state": True}]
