@@ -96,6 +96,7 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int) -> dict[s
         "threads": rng.choice([1, 1, 2, 3]),
         "asks": rng.choice(["all", "all", "out", "sum", "odd gradient"]),
         "route": rng.choice(["whole", "whole", "segments", "ranks", "sequences", "padding"]),
+        "again": [] if chance(0.6) else [rng.choice([0, 0, 1, 4, 8]) for _ in range(1 if small else 4)],
         "sizes": tuple(rng.choice([13, 16, 33] if small else [1, 1, 2, 7, 16, 33, 64, 130]) for _ in range(3)),
     }
     if twists["route"] in ("segments", "ranks", "sequences"):  # there their gradients are added up in their own dtype
@@ -151,6 +152,18 @@ def _want(inputs: dict[str, Any], wanted: Any, rng: random.Random) -> None:
         for leaf in (x.mass, x.value_sum) if hasattr(x, "mass") else [x]:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and rng.random() < share:
                 leaf.requires_grad_()
+
+
+def elsewhere(inputs: dict[str, Any], offset: int) -> dict[str, Any]:
+    """The same with query, key and value copied, with their strides, so many numbers past the start of a memory."""
+    moved = dict(inputs)
+    for name in ("query", "key", "value"):
+        x = inputs[name]
+        if x.numel() and 0 not in x.stride():
+            reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+            copy = x.new_empty(reach + offset).as_strided(x.shape, x.stride(), offset)
+            moved[name] = copy.copy_(x.detach()).requires_grad_(x.requires_grad)
+    return moved
 
 
 def route_of(case: dict[str, Any], inputs: dict[str, Any], backend: str) -> helpers.Route:
