@@ -39,7 +39,7 @@ def prepared(
     return lambda: torch.autograd.grad(attention(*inputs), inputs, grad)
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], seconds: float, least: int = 5) -> dict[str, dict[str, float]]:
+def in_turns(calls: dict[str, Callable[[], Any]], seconds: float, least: int = 5) -> dict[str, float]:
     """Median and quantiles of each call in milliseconds, without the rounds that others disturbed."""
     for call in calls.values():
         call()
@@ -59,11 +59,11 @@ def in_turns(calls: dict[str, Callable[[], Any]], seconds: float, least: int = 5
     if not all(times.values()):
         raise RuntimeError("no call ran undisturbed: the machine is too busy to measure on")
     at = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    result = {}
+    result: dict[str, float] = {}
     for name, taken in times.items():
         low, median, high = (torch.tensor(taken, dtype=torch.float64).quantile(at) * 1e3).tolist()
-        result[name] = {"median ms": median, "q10 ms": low, "q90 ms": high, "runs": len(taken)}
-    return result | {"disturbed": {"runs": disturbed}}
+        result |= {f"{name} ms": median, f"{name} q10 ms": low, f"{name} q90 ms": high}
+    return result | {"runs each": min(map(len, times.values())), "disturbed runs": disturbed}
 
 
 def row(planes: int, tables: int, tokens: int, backward: bool, seconds: float) -> dict[str, Any]:
@@ -73,13 +73,13 @@ def row(planes: int, tables: int, tokens: int, backward: bool, seconds: float) -
     }
     calls = {name: prepared(d, planes, tables, tokens, backward, alone) for (d, alone), name in names.items()}
     times = in_turns(calls, seconds)
-    whole = times["float32"]["median ms"]
+    whole = times["float32 ms"]
     return {
         "pass": cpu.PASSES[backward],
         "P": planes,
         "L": tables,
-        "bfloat16 / float32": times["bfloat16"]["median ms"] / whole,
-        "bfloat16 without reading / float32": times["bfloat16, nothing to read"]["median ms"] / whole,
+        "bfloat16 / float32": times["bfloat16 ms"] / whole,
+        "bfloat16 without reading / float32": times["bfloat16, nothing to read ms"] / whole,
         **times,
     }
 
