@@ -163,11 +163,12 @@ def test_a_model_over_both_devices() -> None:
 def test_captured_graphs() -> None:
     """A graph of forward and backward on each device, replayed in turns beside calls that are not captured."""
     right = _evaluated(_inputs("causal", FIRST))
-    graphs, results = [], []
+    graphs, results, read = [], [], []
     for device in DEVICES:
         inputs = _inputs("causal", device)
         generator = torch.Generator().manual_seed(2)
         grad = torch.randn(inputs["value"].shape, generator=generator).bfloat16().to(device)
+        read.append((inputs, grad))  # by the graph, at each replay: their memory is not to be given to others
 
         def step(inputs: dict[str, Any] = inputs, grad: torch.Tensor = grad) -> tuple[torch.Tensor, ...]:
             out = race_attention(**inputs, backend="triton")
