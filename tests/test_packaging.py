@@ -1,9 +1,12 @@
 """What the package says of itself: requirements, pins, entry point."""
 
 import importlib
+import importlib.util
+import os
 import re
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -44,6 +47,58 @@ def test_extras_resolve_each_other():
         "z",
         "x>=1",
     ]
+
+
+_COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|cpp|icpx|nvc\+\+|c[89]9(-gcc)?)(-[\d.]+)?")
+_USE = """
+import warnings
+import torch
+from race_attention import race_attention, sample_hyperplanes
+x, planes = torch.randn(1, 8, 2, 4), sample_hyperplanes(2, 2, 2, 4)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out = race_attention(x, x, x, planes, 1.0, causal=True)
+said = [str(warning.message) for warning in caught]
+assert any("no C++ compiler" in words for words in said), said
+assert torch.equal(out, race_attention(x, x, x, planes, 1.0, causal=True, backend="reference"))
+try:
+    race_attention(x, x, x, planes, 1.0, causal=True, backend="cpu")
+except (ValueError, RuntimeError) as error:
+    assert "no C++ compiler" in str(error), error
+else:
+    raise AssertionError("served without a library")
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("scikit_build_core"), reason="needs what the package is built with")
+def test_without_a_compiler_the_package_works_and_says_so(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for tool in folder.iterdir() if folder.is_dir() else ():
+            if not _COMPILER.fullmatch(tool.name) and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool.absolute())
+    names = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "PYTHONPATH", "RACE_ATTENTION_CPU_LIBRARY", "RACE_ATTENTION_CPU_ISA")
+    alone = {name: value for name, value in os.environ.items() if name not in names} | {"PATH": str(tools)}
+    command = "-m pip wheel --no-deps --no-build-isolation --quiet --wheel-dir made".split()
+    made = subprocess.run(
+        [sys.executable, *command, f"--config-settings=build-dir={tmp_path / 'build'}", str(ROOT)],
+        cwd=tmp_path,
+        env=alone,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert made.returncode == 0, made.stderr
+    (wheel,) = (tmp_path / "made").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".dylib"))]
+        archive.extractall(tmp_path / "site")
+    alone["PYTHONPATH"] = str(tmp_path / "site")
+    used = subprocess.run(
+        [sys.executable, "-c", _USE], cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=120
+    )
+    assert used.returncode == 0, used.stderr
 
 
 def installed() -> bool:
