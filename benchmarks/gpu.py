@@ -143,11 +143,29 @@ def run_surely(names: list[str], output: Path, seconds: float) -> None:
         names = names[names.index(failed) + 1 :]
 
 
+#: Fields of a row that say what was found, and not what was measured.
+FOUND = frozenset(("ms", "host_us", "peak_gib", "floor_ms", "times_floor", "error", "equal", "commit"))
+
+
+def merged_rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all files what was measured, each once: as the first file has it that does. Rows of another commit say so."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for one in found:
+        commit = one["context"]["commit"]
+        other = {} if commit == found[0]["context"]["commit"] else {"commit": str(commit)[:9]}
+        for row in one["rows"]:
+            rows.setdefault(tuple(sorted((k, str(v)) for k, v in row.items() if k not in FOUND)), row | other)
+    return list(rows.values())
+
+
 def merge(paths: list[Path], output: Path) -> None:
-    """One result file of several, of other parts on GPUs of one kind; each row keeps the floor of its own GPU."""
+    """One result file of several, of other parts on GPUs of one kind; each row keeps the floor of its own GPU.
+
+    Files of an older commit come last: of them only what the others have not measured is kept.
+    """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     machine = found[0]["context"]
-    for name in ("gpu", "driver", "torch", "triton", "commit"):
+    for name in ("gpu", "driver", "torch", "triton"):
         if len({str(one["context"][name]) for one in found}) > 1:
             raise SystemExit(f"{name} differs: " + ", ".join(str(one["context"][name]) for one in found))
     linear = [one["context"]["flash_linear_attention"] for one in found]
@@ -158,7 +176,7 @@ def merge(paths: list[Path], output: Path) -> None:
         "context": machine,
         "copy_bytes_per_second": found[0]["copy_bytes_per_second"],
         "copy_bytes_per_second_of_files": copies,
-        "rows": [row for one in found for row in one["rows"]],
+        "rows": merged_rows(found),
     }
     output.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
 
