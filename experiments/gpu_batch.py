@@ -91,7 +91,8 @@ class Batch:
         given += [f"--data-dir={self.data_dir}"] if self.data_dir else []
         try:
             for table in self.time_tables:
-                file, *rows = table.split(":")
+                name, *rows = table.split(":")
+                file = name if Path(name).exists() else str(CONFIGS / name)  # as the queue names them
                 command = [
                     sys.executable,
                     "-m",
