@@ -120,6 +120,15 @@ def test_no_tokens(causal: bool) -> None:
     torch.autograd.grad(out.sum() + 0 * inputs["key"].sum(), inputs["key"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_sequence_without_tokens_in_every_dtype(dtype: torch.dtype) -> None:
+    """What is kept for the backward pass is empty then, and has its own dtype all the same."""
+    inputs = make_inputs(
+        lengths=(0,), causal=True, decay="token", initial_state=True, dtype=dtype, device=DEVICE, requires_grad=True
+    )
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), by_oracle(inputs), dtype)
+
+
 @pytest.mark.parametrize("missing", ["queries", "keys"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_one_side_without_tokens(missing: str, kv_heads: int) -> None:
