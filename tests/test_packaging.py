@@ -80,7 +80,7 @@ def test_without_a_compiler_the_package_works_and_says_so(tmp_path):
                 (tools / tool.name).symlink_to(tool.absolute())
     names = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "PYTHONPATH", "RACE_ATTENTION_CPU_LIBRARY", "RACE_ATTENTION_CPU_ISA")
     alone = {name: value for name, value in os.environ.items() if name not in names} | {"PATH": str(tools)}
-    command = "-m pip wheel --no-deps --no-build-isolation --quiet --wheel-dir made".split()
+    command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", "made"]
     made = subprocess.run(
         [sys.executable, *command, f"--config-settings=build-dir={tmp_path / 'build'}", str(ROOT)],
         cwd=tmp_path,
