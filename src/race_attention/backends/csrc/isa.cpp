@@ -17,16 +17,14 @@ extern const Kernels kernels;
 
 namespace {
 
+#ifdef RACE_X86
 constexpr int kAvx2 = 1, kAvx512 = 2;
 
 bool avx512_runs() {
-#ifdef RACE_X86
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
 }
+#endif
 
 }  // namespace
 
