@@ -16,13 +16,14 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("fla") is None,
     reason="needs a GPU and flash-linear-attention",
 )
-DIM, HEADS, LENGTH = 64, 2, 100  # more than 64 tokens: shorter ones go another way there
+DIM, HEADS = 64, 2
+LENGTHS = [40, 100]  # up to 64 tokens go another way there than more
 
 
-def mixer_and_tokens(name, options):
+def mixer_and_tokens(name, length, options):
     torch.manual_seed(0)
-    mixer = make_mixer(name, DIM, HEADS, causal=True, max_length=LENGTH, options=options).cuda()
-    return mixer, torch.randn(2, LENGTH, DIM, device="cuda")
+    mixer = make_mixer(name, DIM, HEADS, causal=True, max_length=length, options=options).cuda()
+    return mixer, torch.randn(2, length, DIM, device="cuda")
 
 
 def recurrence(query, key, value, decay):
@@ -51,9 +52,10 @@ def close(got, expected):
     return float((got.double() - expected).norm() / expected.norm()) < 5e-3  # products there are TF32
 
 
+@pytest.mark.parametrize("length", LENGTHS)
 @torch.no_grad()
-def test_gated_linear_attention():
-    mixer, tokens = mixer_and_tokens("gla", {})
+def test_gated_linear_attention(length):
+    mixer, tokens = mixer_and_tokens("gla", length, {})
     layer, x = mixer.layer, tokens.double()
     query, key, value = (heads(x, p.weight) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     low, high = layer.gk_proj
@@ -62,12 +64,13 @@ def test_gated_linear_attention():
     assert close(mixer(tokens), finished(layer, recurrence(query, key, value, decay), x))
 
 
+@pytest.mark.parametrize("length", LENGTHS)
 @torch.no_grad()
-def test_retnet():
-    mixer, tokens = mixer_and_tokens("retnet", {"expand_v": 1.0})
+def test_retnet(length):
+    mixer, tokens = mixer_and_tokens("retnet", length, {"expand_v": 1.0})
     layer, x = mixer.layer, tokens.double()
     query, key, value = (heads(x, p.weight) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     query, key = rotate(query, 10_000.0), rotate(key, 10_000.0)
     decay = 1 - 2.0 ** (-5 - torch.arange(HEADS, device="cuda", dtype=torch.float64))
-    decay = decay[:, None].expand(2, LENGTH, HEADS, query.shape[-1])
+    decay = decay[:, None].expand(2, length, HEADS, query.shape[-1])
     assert close(mixer(tokens), finished(layer, recurrence(query, key, value, decay), x))
