@@ -178,8 +178,10 @@ def test_sums_before_chunks(lengths: tuple[int, ...] | None, decay: str | None) 
                 for t in range(first, min(first + length, end)):
                     if (t - first) % 16 == 0:
                         place = batch * 5 + t // 16 if bounds is None else row + t // 16
-                        _near(inner[place].double().mT, state[..., :8])
-                        _near(marks[place, :, : shape.row].double(), state[..., 8])
+                        mass, mean = marks[place, :, : shape.row].double(), marks[place, :, shape.row + 8 :].double()
+                        of_mean = mass[:, :, None] * mean[:, None, : shape.value_dim]
+                        _near(inner[place].double().mT + of_mean, state[..., :8])
+                        _near(mass, state[..., 8])
                         torch.testing.assert_close(marks[place, :, shape.row].double(), so_far, rtol=1e-5, atol=1e-5)
                         faded.zero_()
                     if log_decay is not None:

@@ -239,7 +239,8 @@ def query_gradient_kernel(
     else:
         sums = load_sums(state, 0, S, SP, V, VP, TALL)
     if CH > 0:
-        marks += (place * G + group) * (SW + 8)
+        marks += (place * G + group) * (SW + 8 + VP)
+        mean = tl.load(marks + (SW + 8) + tl.arange(0, VP))
         inner += (place * G + group) * (V * SW)
         if HAS_DECAY:
             kept = tl.exp(tl.load(marks + SW))
@@ -248,6 +249,8 @@ def query_gradient_kernel(
             if HAS_DECAY:
                 sums *= kept
             sums += load_inner(inner, V, VP, SP, SW, TALL)
+            of_chunk = tl.load(marks + s, mask=s < SW, other=0.0)
+            sums += of_chunk[:, None] * mean[None, :] if TALL else mean[:, None] * of_chunk[None, :]
         mass += tl.load(marks + s, mask=s < SW, other=0.0)
     if CH > C:  # the blocks between the chunk's first token and this one
         faded = tl.full([], 0.0, tl.float32)
@@ -288,6 +291,8 @@ def query_gradient_kernel(
         if SPLIT:
             parts = before_parts + (run.to(tl.int64) * G + group) * (2 * V * SW)
             grad_phi = by_parts(do, parts, inner, kept, V, VP, SP, SW, C, HAS_DECAY)
+            of_mean = tl.sum(do.to(tl.float32) * mean[None, :], 1)
+            grad_phi += of_mean[:, None] * tl.load(marks + s, mask=s < SW, other=0.0)[None, :]
             if CH > C:
                 if first % CH > 0:
                     if HAS_DECAY:

@@ -17,6 +17,7 @@ from .device import (
     add_dot,
     bfloat16_of,
     float16_of,
+    inverse_of,
     load_decay,
     log2_of,
     operand,
@@ -159,12 +160,20 @@ def store_chunk(
     inner, marks, place, sums, mass, log_kept,
     S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes value sums [VP, SP], masses [SP] and the log decay so far of a run as of a chunk's first token."""
+    """Writes value sums [VP, SP], masses [SP] and the log decay so far of a run as of a chunk's first token.
+
+    The sums are about their mean value, which is written as it is: rounded, a mean of three deviations would leave the
+    gradients of queries, from which it is taken away again, 1e-2 off and more.
+    """
     s = tl.arange(0, SP)
     v = tl.arange(0, VP)
     mask = (v < V)[:, None] & (s < SW)[None, :]
-    tl.store((inner + place * (V * SW)) + (v[:, None] * SW + s[None, :]), operand(sums, PRECISION), mask=mask)
-    marks += place * (SW + 8)
+    of_all = tl.sum(mass, 0)
+    mean = tl.sum(sums, 1) * inverse_of(tl.where(of_all > 1e-30, of_all, 1.0))
+    about = operand(sums - mean[:, None] * mass[None, :], PRECISION)
+    tl.store((inner + place * (V * SW)) + (v[:, None] * SW + s[None, :]), about, mask=mask)
+    marks += place * (SW + 8 + VP)
+    tl.store(marks + (SW + 8) + v, mean)
     tl.store(marks + s, mass, mask=s < SW)
     i = tl.arange(0, 8)
     tl.store(marks + SW + i, tl.where(i == 0, log_kept, 0.0))

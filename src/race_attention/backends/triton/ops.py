@@ -181,7 +181,7 @@ def kept_chunks(
     operand = torch.bfloat16 if shape.precision == "bf16" else torch.float32
     return (
         make((places, groups, shape.value_dim, shape.row), dtype=operand),
-        make((places, groups, shape.row + 8), dtype=torch.float32),
+        make((places, groups, shape.row + 8 + plan.power_of_two(shape.value_dim, 16)), dtype=torch.float32),
         make((batch, groups, keys) if decay and chunk else (0,), dtype=torch.float32),
     )
 

@@ -12,13 +12,16 @@ excepted, and chunks count from a row's first token. The chunk that begins at to
 
 of ``B * ceil(T / CH)``, or ``T // CH + rows``, in two buffers (S buckets, SW = ``Shape.row``):
 
-    inner  [places, G, Dv, SW]      operands' dtype  value sums, transposed: those of the run's tokens before the chunk
-    marks  [places, G, SW + 8]      float32          their masses; at SW the log decay of the run before the chunk
+    inner  [places, G, Dv, SW]        operands' dtype  value sums, transposed, of the run's tokens before the chunk:
+                                                       those of the values less their mean, weighted by buckets
+    marks  [places, G, SW + 8 + VP]   float32          their masses; at SW the log decay of the run before the chunk; at
+                                                       SW + 8 that mean [Dv], zeros up to a power of two, VP
 
-both as of the chunk's first token, before its decay: the state there is ``exp(log decay) * before[run] + inner``. A
-run's first chunk has zeros. And with decay ``fades`` [B, G, T], float32: the sum of log_decay from the chunk's first
-token to this one, each token's at least -88, where float32 has forgotten all. Where ``Shape.chunk`` is 0 (float32
-inputs, whose blocks are too short for chunks), all three are empty, and programs carry the state along their run.
+both as of the chunk's first token, before its decay: the state there is ``exp(log decay) * before[run] + inner`` and
+``mass * mean``. A run's first chunk has zeros. And with decay ``fades`` [B, G, T], float32: the sum of log_decay from
+the chunk's first token to this one, each token's at least -88, where float32 has forgotten all. Where ``Shape.chunk``
+is 0 (float32 inputs, whose blocks are too short for chunks), all three are empty, and programs carry the state along
+their run.
 """
 
 from __future__ import annotations
