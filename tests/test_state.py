@@ -111,6 +111,17 @@ def test_states_are_values():
         a.mass = b.mass
 
 
+@pytest.mark.parametrize("tokens", [5, 1, 0])
+@pytest.mark.parametrize("decay", [None, "token"])
+def test_a_new_state_shares_no_memory_with_the_one_before(decay, tokens):
+    """So that both can be saved in one file, and no graph of the one is taken for the other's."""
+    before = run(decay=decay)
+    inputs = make_inputs(causal=True, decay=decay, dtype=FLOAT64, value_dim=5, tokens=tokens)
+    after = race_attention(**inputs, initial_state=before, return_state=True)[1]
+    for field in FIELDS:
+        assert getattr(after, field).data_ptr() != getattr(before, field).data_ptr(), field
+
+
 def test_to():
     a = run()
     single = a.to(torch.float32)

@@ -164,6 +164,8 @@ def _total_log_decay(call: Call, initial: RaceState | None) -> Tensor:
         return total if before is None else total + before
     if before is None:
         before = torch.zeros(call.rows, call.key.shape[2], dtype=dtype, device=device)
+    elif call.log_decay is None:  # a tensor of its own: a state neither shares memory nor keeps the other's graph
+        return before.clone()
     return before if call.log_decay is None else before.index_add(0, _row_of_key(call), call.log_decay[0].to(dtype))
 
 
