@@ -159,14 +159,16 @@ def _total_log_decay(call: Call, initial: RaceState | None) -> Tensor:
     device = call.key.device
     dtype = state_dtype(device)
     before = None if initial is None else initial.log_decay.to(dtype)
-    if call.log_decay is not None and call.cu_seqlens is None:
+    shape = (call.rows, call.key.shape[2])
+    if call.log_decay is None:
+        # A copy: a state neither shares memory with the one before it nor keeps its graph.
+        return torch.zeros(shape, dtype=dtype, device=device) if before is None else before.clone()
+    if call.cu_seqlens is None:
         total = call.log_decay.sum(1, dtype=dtype)
         return total if before is None else total + before
     if before is None:
-        before = torch.zeros(call.rows, call.key.shape[2], dtype=dtype, device=device)
-    elif call.log_decay is None:  # a tensor of its own: a state neither shares memory nor keeps the other's graph
-        return before.clone()
-    return before if call.log_decay is None else before.index_add(0, _row_of_key(call), call.log_decay[0].to(dtype))
+        before = torch.zeros(shape, dtype=dtype, device=device)
+    return before.index_add(0, _row_of_key(call), call.log_decay[0].to(dtype))
 
 
 def _tokens(call: Call, initial: RaceState | None) -> Tensor:
