@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_parts
-from benchmarks.gpu_parts import PARTS, bandwidth, compiled, cores, freed, jobs_of
+from benchmarks import gpu_measure
+from benchmarks.gpu_measure import bandwidth, freed
+from benchmarks.gpu_parts import PARTS, compiled, cores, jobs_of
 from benchmarks.gpu_peers import DIM, HEADS
 from benchmarks.gpu_plot import plot
 from experiments.report import commit
@@ -58,7 +59,7 @@ def context() -> dict[str, Any]:
     """The machine, the versions, the commit and the date."""
     import triton
 
-    from race_attention.backends.triton.start import ptxas_version
+    from race_attention.backends.triton import describe
 
     try:
         linear: str | None = importlib.metadata.version("fla-core")
@@ -71,7 +72,8 @@ def context() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__,
-        "ptxas": ptxas_version(),
+        "ptxas": describe()["ptxas"],
+        "kernels_of_a_pass": describe()["kernels of a pass"],
         "flash_linear_attention": linear,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -112,7 +114,7 @@ class ResultFile:
 
 def run_parts(names: list[str], output: Path, seconds: float) -> None:
     """Measures parts in this process, and notes in the file which are done."""
-    gpu_parts.deadline = time.monotonic() + seconds
+    gpu_measure.deadline = time.monotonic() + seconds
     torch.manual_seed(0)
     results = ResultFile(output)
     if "context" not in results.found:
@@ -144,7 +146,21 @@ def run_surely(names: list[str], output: Path, seconds: float) -> None:
 
 
 #: Fields of a row that say what was found, and not what was measured.
-FOUND = frozenset(("ms", "host_us", "peak_gib", "floor_ms", "times_floor", "error", "equal", "commit"))
+FOUND = frozenset(
+    (
+        "ms",
+        "quartiles_ms",
+        "ahead",
+        "host_us",
+        "least_us",
+        "peak_gib",
+        "floor_ms",
+        "times_floor",
+        "error",
+        "equal",
+        "commit",
+    )
+)
 
 
 def merged_rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,91 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_peers import DIM, EXACT, HEADS, Candidates, Exact, Linear, Nothing, Race, Step, has_linear
+from benchmarks.gpu_measure import MILLION, Report, freed, row
+from benchmarks.gpu_peers import CONFIGURATIONS, DIM, EXACT, HEADS, Candidates, Exact, Linear, Race, Step, has_linear
+from benchmarks.gpu_short import crossover, host, packed
 from race_attention.backends.triton.decode import decode_
 
-MILLION = 1 << 20
-CONFIGURATIONS = ((2, 2), (3, 3), (4, 4))  # (P, L)
 WIDE = ((6, 2), (8, 1))
 STATES = (torch.float64, torch.float32)
-Report = Callable[..., None]
-
-
-def measure(step: Step, repeats: int = 7, warm: int = 2) -> float:
-    """Median milliseconds."""
-    for _ in range(warm):
-        step()
-    torch.cuda.synchronize()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in events:  # one after the other without waiting: host time shows where it is the longer
-        begin.record()
-        step()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events)
-
-
-def graphed(step: Step) -> float:
-    """Median milliseconds of a captured graph's replay."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replays() -> None:
-        for _ in range(20):
-            graph.replay()
-
-    return measure(replays, 11) / 20
-
-
-def bandwidth() -> float:
-    """Bytes a second, read and written, of a large copy."""
-    source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 2 / measure(lambda: target.copy_(source), 11) * 1e3
-
-
-def freed() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-#: When no more rows are begun, by time.monotonic.
-deadline = float("inf")
-
-
-def row(report: Report, part: str, make: Callable[[], Step], repeats: int = 7, warm: int = 2, **what: Any) -> None:
-    """Measures one step and reports it: milliseconds and peak memory, or None and why, where it fails.
-
-    An error that leaves the device unusable is raised.
-    """
-    if time.monotonic() > deadline:
-        return
-    if what.get("tokens", 0) * what.get("heads", HEADS) >= MILLION:
-        freed()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        ms = graphed(make()) if what.get("graph") else measure(make(), repeats, warm if repeats > 3 else 1)
-        report(part, **what, ms=ms, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
-    except Exception as error:
-        report(part, **what, ms=None, error=f"{type(error).__name__}: {error}"[:200])
-        torch.cuda.synchronize()
-        freed()
 
 
 def table(report: Report) -> None:
@@ -122,8 +51,8 @@ def beside_linear(part: str, kinds: tuple[str, ...], decay: bool, report: Report
 
 def lengths(heads: int, longest: int, exact_longest: int, report: Report) -> None:
     """From 1K tokens on, against exact attention and plain torch; short ones also as graphs."""
-    for power in range(10, longest + 1):
-        for causal, backward in ((True, True), (False, True), (True, False), (False, False)):
+    for causal, backward in ((True, True), (False, True), (True, False), (False, False)):
+        for power in range(10, longest + 1):
             if power > exact_longest and not (causal and backward):
                 continue
             what: dict[str, Any] = {"heads": heads, "tokens": 1 << power, "causal": causal, "backward": backward}
@@ -144,36 +73,6 @@ def _length(report: Report, what: dict[str, Any], exact: bool) -> None:
     if heads == HEADS and all(how) and tokens in (1 << 10, 1 << 14, 1 << 18):
         make = partial(Race, 2, 2, tokens, *how, backend="reference")
         row(report, "lengths", make, 3, peer="plain torch (2,2)", **what)
-
-
-def host(report: Report) -> None:
-    """What a call of 1,024 tokens takes of the host, whatever the GPU does: the median of groups of calls."""
-    makers: dict[str, Callable[[], Step]] = {"an autograd function with nothing in it": Nothing}
-    for backward in (False, True):
-        name = "forward and backward" if backward else "forward"
-        for causal in (True, False):
-            how = "causal" if causal else "not causal"
-            makers[f"(2,2) {how}, {name}"] = partial(Race, 2, 2, 1024, causal, backward)
-        makers[f"(2,2) causal, decay, {name}"] = partial(Race, 2, 2, 1024, True, backward, decay=True)
-        for peer in EXACT:
-            makers[f"{peer} causal, {name}"] = partial(Exact, peer, 1024, True, backward)
-    for threads in (True, False):
-        with torch.autograd.set_multithreading_enabled(threads):
-            for name, make in makers.items():
-                if time.monotonic() < deadline and (threads or "backward" in name or "nothing" in name):
-                    report("host", call=name, backward_on_the_calling_thread=not threads, host_us=_host_us(make()))
-
-
-def _host_us(step: Step, calls: int = 100, groups: int = 15) -> float:
-    times = []
-    for _ in range(groups + 1):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            step()
-        times.append((time.perf_counter() - begin) / calls * 1e6)
-    torch.cuda.synchronize()
-    return statistics.median(times[1:])
 
 
 def resident(report: Report) -> None:
@@ -232,9 +131,11 @@ PARTS: dict[str, Callable[[Report], None]] = {
     "resident": resident,
     "decode": decode,
     "host": host,
+    "crossover": crossover,
     "lengths-4": partial(lengths, 4, 24, 16),
     "lengths-64": partial(lengths, 64, 20, 14),
     "wide": wide,
+    "packed": packed,
     "linear": partial(beside_linear, "linear", Linear.KINDS, False),
     "gated": partial(beside_linear, "gated", Linear.GATED, True),
     "repeats": repeats,
@@ -256,18 +157,36 @@ def compiled(job: tuple[Any, ...]) -> None:
 
 
 def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
-    """What to compile before the parts are timed."""
+    """What to compile before the parts are timed; what takes longest comes first.
+
+    A call forward alone has a readout of its own, and a scan goes by how many runs there are, few for short calls.
+    """
     jobs: list[tuple[Any, ...]] = []
-    for pair in CONFIGURATIONS if set(only) - {"wide", "decode", "host"} else ():
-        jobs += [("race", *pair, 4096, causal, True) for causal in (True, False)]
-        jobs.append(("race", *pair, 4096, True, True, HEADS, True))
+    if "wide" in only:
+        ways = ((True, False), (True, True), (False, False))
+        jobs += [("race", *pair, 1 << 15, causal, True, HEADS, decay) for pair in WIDE for causal, decay in ways]
+        jobs += [("race", *pair, 1 << 15, causal, False, HEADS, decay) for pair in WIDE for causal, decay in ways]
+    if set(only) - {"wide", "decode", "gated"}:
+        ways = ((True, True), (True, False), (False, False))
+        jobs += [
+            ("race", *pair, 1 << 15, causal, backward, HEADS, decay)
+            for backward in (True, False)
+            for causal, decay in ways
+            for pair in reversed(CONFIGURATIONS)
+        ]
     for part, kinds in (("linear", Linear.KINDS[:1]), ("gated", Linear.GATED)):  # the first has the others' kernels
         if part in only and has_linear():
             shares = cores()
             jobs += [("linear", share, shares, kind, 64, 1 << 16, True) for kind in kinds for share in range(shares)]
-    if "wide" in only:
-        ways = ((True, False), (False, False), (True, True))
-        jobs += [("race", *pair, 4096, causal, True, HEADS, decay) for pair in WIDE for causal, decay in ways]
     if "decode" in only:
         jobs += [("token", 1, *pair, dtype) for pair in (*CONFIGURATIONS, *WIDE) for dtype in STATES]
+    if set(only) & {"lengths-4", "lengths-64", "host", "crossover"}:
+        shorter = [
+            (pair, causal, tokens) for pair in CONFIGURATIONS for causal in (True, False) for tokens in (512, 4096)
+        ]
+        jobs += [("race", *pair, tokens, causal, True) for pair, causal, tokens in shorter]
+    if "packed" in only:
+        lengths = (1,) * 512
+        calls = [(pair, backward) for pair in CONFIGURATIONS for backward in (True, False)]
+        jobs += [("race", *pair, 512, True, backward, HEADS, False, "triton", lengths) for pair, backward in calls]
     return jobs

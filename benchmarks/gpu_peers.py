@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from race_attention import race_attention
 
 HEADS, DIM = 4, 128
+CONFIGURATIONS = ((2, 2), (3, 3), (4, 4))  # (P, L)
 EXACT = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 Step = Callable[[], Any]
 
@@ -27,12 +28,12 @@ def tokens_of(tokens: int, heads: int, grad: bool, dim: int = DIM) -> Tensor:
 class Race:
     """A call of ``race_attention`` at (P, L), forward alone or with its backward pass; beta learns, hyperplanes do not.
 
-    ``backend="reference"`` is plain torch.
+    ``backend="reference"`` is plain torch. ``lengths``, which add up to ``tokens``, are of packed sequences.
     """
 
     def __init__(
         self, planes: int, tables: int, tokens: int, causal: bool, backward: bool, heads: int = HEADS,
-        decay: bool = False, backend: str = "triton",
+        decay: bool = False, backend: str = "triton", lengths: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self.inputs = [tokens_of(tokens, heads, backward) for _ in range(3)]
         self.planes = torch.randn(heads, tables, planes, DIM, device="cuda") * DIM**-0.5
@@ -40,13 +41,15 @@ class Race:
         self.decay = -0.01 * torch.rand(1, tokens, heads, device="cuda") if decay else None
         if self.decay is not None and backward:
             self.decay.requires_grad_()
+        self.bounds = torch.tensor((0, *lengths), device="cuda").cumsum(0) if lengths else None
         self.causal, self.backward, self.backend = causal, backward, backend
         self.grad = torch.randn_like(self.inputs[2]) if backward else None
 
     def __call__(self) -> Any:
         out = race_attention(
-            *self.inputs, self.planes, self.beta, log_decay=self.decay, causal=self.causal, backend=self.backend
-        )
+            *self.inputs, self.planes, self.beta, log_decay=self.decay, causal=self.causal, cu_seqlens=self.bounds,
+            backend=self.backend,
+        )  # fmt: skip
         if not self.backward:
             return out
         wanted = [*self.inputs, self.beta] + ([] if self.decay is None else [self.decay])
@@ -126,15 +129,22 @@ class Candidates:
     """A call of :class:`Linear` that compiles a share of the configurations its autotuner tries, and times none.
 
     Processes with a share each fill Triton's cache on disk at the same time; tuned in one process, compiling them one
-    after the other takes minutes.
+    after the other takes minutes. The version of ptxas is in the cache's keys, and Triton asks for it at a process'
+    first kernel: that is one of RACE's where rows are timed, so its answer is given here too.
     """
 
     def __init__(self, share: int, shares: int, *arguments: Any) -> None:
         self.share, self.shares, self.arguments = share, shares, arguments
 
     def __call__(self) -> None:
+        from triton.compiler.compiler import make_backend
         from triton.runtime.autotuner import Autotuner
+        from triton.runtime.driver import driver
 
+        from race_attention.backends.triton import start
+
+        with start._compiling():
+            make_backend(driver.active.get_current_target()).hash()
         share, shares = self.share, self.shares
 
         def compiled(tuner: Any, *args: Any, config: Any, **meta: Any) -> list[float]:
