@@ -20,14 +20,14 @@ from race_attention.backends.call import Call
 
 from . import passes, replay
 from .memory import Bundle
-from .ops import reads_out, triton_backward
+from .ops import kept_dtypes, reads_out, triton_backward
 from .replay import Replay, key_of_aligned, recording_of, repeated
 
 #: What Dynamo does with each frame that runs, or None.
 _frames_seen = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
 Results = tuple[Tensor | None, ...]
 #: Among the tensors that passes.backward takes: log_decay, and the first that the forward pass kept besides out.
-_HYPERPLANES, _DECAY, _KEPT = 6, 8, 15
+_QUERY, _VALUE, _HYPERPLANES, _DECAY, _KEPT = 3, 5, 6, 8, 15
 #: The first of the forward pass's results that the backward pass alone reads.
 _OF_FORWARD = 3
 
@@ -99,9 +99,9 @@ def _gradients(
     backward: Callable[..., Any], inputs: Sequence[Any], initial: bool, causal: bool, need_planes: bool
 ) -> Results:
     given, kept = inputs[:_KEPT], inputs[_KEPT:]
-    *of_tokens, marks, fades = kept  # in the tokens' dtype, or what the products take; these two in float32
-    like = [*[given[0]] * len(of_tokens), given[_HYPERPLANES], given[_HYPERPLANES]]
-    kept = [other.new_empty(0) if x is None else x for x, other in zip(kept, like, strict=True)]
+    if any(x is None for x in kept):
+        dtypes = kept_dtypes(given[_QUERY], given[_VALUE], given[_HYPERPLANES])
+        kept = [given[0].new_empty(0, dtype=d) if x is None else x for x, d in zip(kept, dtypes, strict=True)]
     dq, dk, dv, planes, beta, decay, mass, value_sum = backward(*given, *kept, causal, need_planes)
     state = (mass, value_sum) if initial else (None, None)
     return dq, dk, dv, planes if need_planes else None, beta, None if given[_DECAY] is None else decay, *state

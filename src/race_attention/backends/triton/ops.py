@@ -154,7 +154,7 @@ def kept_features(
     batch, keys, groups = key.shape[:3]
     heads, row = (groups + query.shape[2], shape.row + shape.hash_row) if keep else (groups, shape.row)
     size = (batch, keys, heads, row) if causal and shape.narrow else (0,)
-    return key.new_empty(size, dtype=torch.bfloat16 if shape.precision == "bf16" else torch.float32)
+    return key.new_empty(size, dtype=shape.operand)
 
 
 def reads_out(query: Tensor, value: Tensor, hyperplanes: Tensor, log_decay: Tensor | None, causal: bool) -> bool:
@@ -178,9 +178,8 @@ def kept_chunks(
     places = plan.chunk_places(batch, keys, rows, chunk, packed) if keep else 0
     # Packed rows leave places between them: an operator's result is the same every time, all of it.
     make = key.new_zeros if packed and chunk else key.new_empty
-    operand = torch.bfloat16 if shape.precision == "bf16" else torch.float32
     return (
-        make((places, groups, shape.value_dim, shape.row), dtype=operand),
+        make((places, groups, shape.value_dim, shape.row), dtype=shape.operand),
         make((places, groups, shape.row + 8 + plan.power_of_two(shape.value_dim, 16)), dtype=torch.float32),
         make((batch, groups, keys) if decay and chunk else (0,), dtype=torch.float32),
     )
@@ -194,6 +193,12 @@ def kept_residual(query: Tensor, value: Tensor, hyperplanes: Tensor, inner: Tens
     if shape_of(query, value, hyperplanes).narrow or not keep or query.dtype == torch.float32:
         return inner
     return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+def kept_dtypes(query: Tensor, value: Tensor, hyperplanes: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of states, inverses, features, inner, marks and fades, of any size: the kernels' types follow them."""
+    shape, wide = shape_of(query, value, hyperplanes), torch.float32
+    return wide, wide, shape.operand, shape.operand if shape.narrow else query.dtype, wide, wide
 
 
 def _backward_kernels(

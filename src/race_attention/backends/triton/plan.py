@@ -98,6 +98,11 @@ class Shape:
         """CH, the tokens of a chunk; 0 where programs carry the state along their run."""
         return CHUNKS[self.tile] if self.narrow and self.dtype != torch.float32 else 0
 
+    @property
+    def operand(self) -> torch.dtype:
+        """The dtype in which a matrix product takes buckets and sums."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def at_once(self, share: int, decays: bool) -> bool:
         """Whether one kernel works out a block's gradients of queries, keys and values; the backward pass reads out."""
         fits = self.dtype == torch.bfloat16 or self.precision == "ieee"  # float16's operands would be two parts each
