@@ -3,7 +3,8 @@
 The queue, ``configs/queue.toml``, lists configuration files with rows and seeds, the most valuable first. Runs whose
 result exists are skipped, so that a later call goes on where the last one ended. Every GPU in ``CUDA_VISIBLE_DEVICES``
 takes part and has ``--jobs`` processes, so that one compiles while another trains; a process goes on with the
-method it has compiled as long as there are seeds or settings of it. With ``--time TABLE.toml:ROW:ROW`` the first GPU
+method it has compiled as long as there are seeds or settings of it, and trains up to ``--together`` of them at a time
+(:mod:`experiments.together`). With ``--time TABLE.toml:ROW:ROW`` the first GPU
 times training steps before anything else runs on it. With ``--bundle`` all results go into one file, which
 ``--unbundle`` puts back where they belong, for machines that keep nothing.
 """
@@ -26,7 +27,9 @@ from typing import Any
 from experiments.bundle import bundle, unbundle
 from experiments.config import ConfigError
 from experiments.jobs import Job, read_queue
-from experiments.worker import Worker
+from experiments.run import read_rows
+from experiments.together import draws
+from experiments.worker import OUT_OF_TIME, Worker
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -39,6 +42,7 @@ class Batch:
         data_dir: folder of local data.
         seconds: after which no job goes on; jobs that then run save a checkpoint and stop.
         jobs: processes at once, on each GPU.
+        together: runs of one method that a process trains at once.
         device: "auto" or a device of torch.
         gpus: as ``CUDA_VISIBLE_DEVICES`` names them, which each process sees one of; none for a machine without.
         bundle_to: a .tar.gz of all results, renewed after every job.
@@ -56,16 +60,19 @@ class Batch:
         seconds: float,
         jobs: int,
         device: str,
+        together: int = 1,
         gpus: Sequence[str] = (),
         bundle_to: Path | None = None,
         time_tables: Sequence[str] = (),
     ) -> None:
         self.results, self.work, self.logs = (folder.absolute() for folder in (results, work, logs))
         self.data_dir, self.jobs, self.device, self.bundle_to = data_dir, jobs, device, bundle_to
+        self.together = together
         self.gpus, self.time_tables = tuple(gpus), time_tables
         self.end = time.monotonic() + seconds
         self.durations: dict[str, list[float]] = {}  # of finished jobs, by table
         self.failed: list[Job] = []
+        self.single: set[Job] = set()  # that failed beside others
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.done = 0
@@ -130,26 +137,54 @@ class Batch:
         last: Job | None = None
         while True:
             with self.lock:
-                job = self._next(last)
-                if job is None and not self.running:
+                group = self._next_group(last)
+                if not group and not self.running:
                     break
-                if job is not None:
+                for job in group:
                     self.waiting.remove(job)
                     self.running.append(job)
-            if job is None:
+            if not group:
                 time.sleep(0.2)  # a job that runs may be what another waits for
                 continue
             if worker is None or not worker.alive:
                 processes = self.jobs * max(1, len(self.gpus))
                 worker = Worker(max(1, _cores() // processes), self._environment(gpu))
             start = time.monotonic()
-            said = worker.run(self._request(job))
-            last = job
+            said = worker.run(self._request(group))
+            last = group[0]
             with self.lock:
-                self.running.remove(job)
-                self._ended(job, time.monotonic() - start, said)
+                for job, words in zip(group, said, strict=True):
+                    self.running.remove(job)
+                    self._ended(job, (time.monotonic() - start) / len(group), words)
+                    if len(group) > 1 and job in self.failed and not words.startswith(OUT_OF_TIME):
+                        self._again(job)
+                self._bundle()
         if worker is not None:
             worker.close()
+
+    def _again(self, job: Job) -> None:
+        """Lets a job that failed beside others try once more by itself."""
+        self.failed.remove(job)
+        self.waiting.insert(0, job)
+        self.single.add(job)
+
+    def _next_group(self, last: Job | None) -> list[Job]:
+        """The next job, and others of its method beside it, as many as there would be time for one after another."""
+        first = self._next(last)
+        if first is None:
+            return []
+        room = min(self.together, int((self.end - time.monotonic()) / self._needed(first)))
+        if room < 2 or not self._shares(first):
+            return [first]
+        fitting = [job for job in self.waiting if job.method == first.method and self._fits(job) and self._shares(job)]
+        group: dict[Path | None, Job] = {}
+        for job in [first, *fitting]:
+            group.setdefault(job.result(self.results), job)  # the best of a search is a setting of it too
+        return list(group.values())[:room]
+
+    def _shares(self, job: Job) -> bool:
+        row = job.row(self.results)
+        return row is not None and job not in self.single and not draws(read_rows(job.file)[row])
 
     def _next(self, last: Job | None) -> Job | None:
         """The first job of the method just run, which is compiled; else of one that no other process compiles now."""
@@ -160,22 +195,25 @@ class Batch:
         return next(same, None) or next(untouched, None) or next(iter(fitting), None)
 
     def _fits(self, job: Job) -> bool:
-        """Whether it can run and time is left for it, as far as finished jobs of its table tell."""
-        known = self.durations.get(job.table)
-        needed = job.seconds or (1.1 * statistics.median(known) if known else 30.0)
-        return self.end - time.monotonic() > needed and job.row(self.results) is not None and not self._is_done(job)
+        """Whether it can run and time is left for it."""
+        left = self.end - time.monotonic()
+        return left > self._needed(job) and job.row(self.results) is not None and not self._is_done(job)
 
-    def _request(self, job: Job) -> dict[str, Any]:
+    def _needed(self, job: Job) -> float:
+        """Seconds, as the queue says, or else finished jobs of its table tell."""
+        known = self.durations.get(job.table)
+        return job.seconds or (1.1 * statistics.median(known) if known else 30.0)
+
+    def _request(self, group: Sequence[Job]) -> dict[str, Any]:
         left = max(10.0, self.end - time.monotonic() - 5.0)  # a checkpoint takes time too
         return {
-            "file": str(job.file.absolute()),
-            "row": job.row(self.results),
-            "seed": job.seed,
+            "file": str(group[0].file.absolute()),
+            "runs": [(job.row(self.results), job.seed) for job in group],
             "data_dir": self.data_dir,
             "device": self.device,
             "results": str(self.results),
             "work": str(self.work),
-            "log": str(self.logs / f"{str(job).replace('/', '-')}.log"),
+            "log": str(self.logs / f"{str(group[0]).replace('/', '-')}.log"),
             "stop_at": time.time() + left,
         }
 
@@ -187,7 +225,6 @@ class Batch:
         else:
             self.failed.append(job)
         print(f"{seconds:6.1f} s  {'done' if good else 'not done'}  {job}  {said[:300]}", flush=True)
-        self._bundle()
 
     def _bundle(self) -> None:
         if self.bundle_to is not None:
@@ -215,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--queue", type=Path, default=CONFIGS / "queue.toml")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, on each GPU")
+    parser.add_argument("--together", type=int, default=1, help="runs of one method that a process trains at once")
     parser.add_argument("--time", action="append", default=[], metavar="TABLE.toml:ROW", help="steps to time first")
     parser.add_argument("--data-dir", help="folder of local data sets; default the environment variable RACE_DATA_DIR")
     parser.add_argument("--device", default="auto")
@@ -244,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data_dir=str(Path(given.data_dir).absolute()) if given.data_dir else None,
         seconds=given.seconds,
         jobs=given.jobs,
+        together=given.together,
         device=given.device,
         gpus=visible_gpus() if given.device == "auto" else (),
         bundle_to=given.bundle,

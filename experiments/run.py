@@ -13,7 +13,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,11 @@ class Run:
         results: folder for ``table/row/seed-N.json``.
         work: folder for checkpoints.
         quiet: shows no progress.
+        keep_compiled: uses what an earlier run of this method has compiled in this process.
+
+    Attributes:
+        together: runs that share this process and take turns with it (:mod:`experiments.together`), with this one.
+        peak_gb: of memory, where others' tensors count in what the device says; else None.
     """
 
     def __init__(
@@ -166,6 +171,7 @@ class Run:
         results: Path = Path("experiments/results"),
         work: Path = Path("runs"),
         quiet: bool = False,
+        keep_compiled: bool = False,
     ) -> None:
         self.config, self.seed, self.quiet = config, seed, quiet
         self.device = pick_device(device)
@@ -187,7 +193,9 @@ class Run:
             config.precision,
             graph=config.graph,
             compiled=config.compile,
+            keep_compiled=keep_compiled,
         )
+        self.together, self.peak_gb = 1, None  # type: int, float | None
         self.epoch = self.task.steps_per_epoch(config.batch)
         self.steps = config.steps or max(1, round(self.epoch * (config.epochs or 1)))
         self.eval_every = config.eval_every or max(self.epoch, -(-self.steps // 20))
@@ -199,6 +207,16 @@ class Run:
         Raises:
             OutOfTime: after ``max_seconds``; the next call of a new Run goes on from the checkpoint.
         """
+        steps = self.progress(max_seconds)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: dict[str, Any] = end.value
+                return result
+
+    def progress(self, max_seconds: float = math.inf) -> Generator[None, None, dict[str, Any]]:
+        """As :meth:`train`, which it returns the result of, with a pause after each step."""
         begin = saved = time.monotonic()
         self._resume()
         losses: list[Tensor] = []
@@ -230,6 +248,7 @@ class Run:
                     if self.config.checkpoint_every and now - saved > self.config.checkpoint_every:
                         self._save()
                         saved = time.monotonic()
+                yield
         return self._finish(None)
 
     def _step(self) -> Tensor:
@@ -286,7 +305,8 @@ class Run:
             "steps": self.step,
             "seconds": round(self.seconds, 3),
             "seconds_per_epoch": round(self.seconds / max(1, self.step) * self.epoch, 3),
-            "peak_memory_gb": peak_memory_gb(self.device),
+            "peak_memory_gb": peak_memory_gb(self.device) if self.peak_gb is None else self.peak_gb,
+            "together": self.together,
             "best": best,
             "final": self.curve[-1] if self.curve else None,
             "error": error,

@@ -30,6 +30,7 @@ class TrainStep:
         precision: "bfloat16" for autocast, or "float32".
         graph: records a CUDA graph; only on a GPU, for batches of one shape.
         compiled: compiles the blocks; only on a GPU.
+        keep_compiled: uses code that is compiled already, of a model that differs in nothing but numbers.
 
     Attributes:
         graph_state: "off", "recorded", or why recording failed, for the result.
@@ -46,6 +47,7 @@ class TrainStep:
         *,
         graph: bool,
         compiled: bool,
+        keep_compiled: bool = False,
     ) -> None:
         self.task, self.model, self.optimiser, self.clip = task, model, optimiser, clip
         self.device = next(model.parameters()).device
@@ -54,8 +56,9 @@ class TrainStep:
         self.wanted = graph and on_gpu
         self.graph_state = self.compile_state = "off"
         if compiled and on_gpu:
-            self.compile_blocks()
+            self.compile_blocks(keep_compiled)
         self._done = 0
+        self._side: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: Batch | None = None
         self._loss: Tensor | None = None
@@ -64,9 +67,10 @@ class TrainStep:
         """What forward passes run under."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
 
-    def compile_blocks(self) -> None:
-        """Compiles every block; they are alike, so that one compilation serves all."""
-        torch._dynamo.reset()  # models of earlier runs in this process count against the limit of recompilations
+    def compile_blocks(self, keep: bool = False) -> None:
+        """Compiles every block; they are alike, so that one compilation serves all: with ``keep`` an earlier one."""
+        if not keep:
+            torch._dynamo.reset()  # models of earlier runs in this process count against the limit of recompilations
         for module in self.model.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
@@ -83,7 +87,9 @@ class TrainStep:
             return self._replay(batch)
         if not self.wanted:
             return self._run(batch)
-        side = torch.cuda.Stream()  # recording wants what came before on a stream of its own
+        if self._side is None:  # recording wants what came before on a stream of its own
+            self._side = torch.cuda.Stream()
+        side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             loss = self._run(batch)

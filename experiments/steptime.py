@@ -83,8 +83,8 @@ def _time_table(rows: dict[str, RunConfig], names: Sequence[str], given: argpars
                 torch.cuda.empty_cache()
         found["milliseconds"][name] = round(milliseconds, 3)
         found.setdefault("memory_gb", {})[name] = memory
-        found["machine"] = machine()
-        found.setdefault("machines", {})[name] = found["machine"]  # rows are timed at different times
+        found.setdefault("machines", {})[name] = machine()  # rows are timed at different times
+        found.setdefault("machine", found["machines"][name])  # of rows without one of their own
         print(f"{rows[name].table}/{name}: {found['milliseconds'][name]} ms a step", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())

@@ -1,8 +1,9 @@
-"""A process that runs one job after another, for :mod:`experiments.gpu_batch`: ``python -m experiments.worker``."""
+"""A process that runs jobs for :mod:`experiments.gpu_batch`, request by request: ``python -m experiments.worker``."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 
 from experiments.run import OutOfTime, Run, read_rows
+from experiments.together import Outcome, train_together
+
+#: How what is said of a job begins that was stopped and left a checkpoint.
+OUT_OF_TIME = "out of time"
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,8 +41,8 @@ class Worker:
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, request: dict[str, Any]) -> str:
-        """Runs a job to its end and returns what came of it; a dead worker says so."""
+    def run(self, request: dict[str, Any]) -> list[str]:
+        """Runs the jobs of a request to their ends and returns what came of each; a dead worker says so."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -46,7 +51,9 @@ class Worker:
             reply = self.process.stdout.readline()
         except OSError:
             reply = ""
-        return str(json.loads(reply)) if reply else f"the process died, exit {self.process.wait()}"
+        if reply:
+            return [str(said) for said in json.loads(reply)]
+        return [f"the process died, exit {self.process.wait()}"] * len(request["runs"])
 
     @property
     def alive(self) -> bool:
@@ -59,34 +66,49 @@ class Worker:
 
 
 def work() -> None:
-    """What a :class:`Worker`'s process does: jobs from its input, a line of output for each."""
+    """What a :class:`Worker`'s process does: requests from its input, a line of output for each."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     for line in sys.stdin:
         request = json.loads(line)
         with open(request["log"], "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            said = _run_one(request)
-            _forget()
+            said = _run_all(request)
+            with contextlib.suppress(RuntimeError):  # of a GPU that an error has left unusable
+                _forget()
             print(json.dumps(said), file=replies, flush=True)
+        if any("CUDA error" in words for words in said):
+            break  # after one, all that this process does on the GPU fails
 
 
-def _run_one(request: dict[str, Any]) -> str:
+def _run_all(request: dict[str, Any]) -> list[str]:
+    makes = [functools.partial(_make, request, row, seed) for row, seed in request["runs"]]
+    if len(makes) > 1:
+        return [_said(outcome) for outcome in train_together(makes, request["stop_at"])]
     try:
-        config = read_rows(request["file"])[request["row"]]
-        run = Run(
-            config,
-            request["seed"],
-            data_dir=request["data_dir"],
-            device=request["device"],
-            results=Path(request["results"]),
-            work=Path(request["work"]),
-        )
-        result = run.train(request["stop_at"] - time.time())  # making the model took some of it
-        return str(result["error"] or result["best"])
-    except OutOfTime as error:
-        return f"out of time: {error}"
+        run = makes[0](keep_compiled=False)
+        return [_said(run.train(request["stop_at"] - time.time()))]  # making the model took some of it
     except Exception as error:  # whatever it is: the other jobs go on
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}"
+        return [_said(error)]
+
+
+def _make(request: dict[str, Any], row: str, seed: int, keep_compiled: bool) -> Run:
+    return Run(
+        read_rows(request["file"])[row],
+        seed,
+        data_dir=request["data_dir"],
+        device=request["device"],
+        results=Path(request["results"]),
+        work=Path(request["work"]),
+        keep_compiled=keep_compiled,
+    )
+
+
+def _said(outcome: Outcome) -> str:
+    if isinstance(outcome, OutOfTime):
+        return f"{OUT_OF_TIME}: {outcome}"
+    if isinstance(outcome, Exception):
+        return f"{type(outcome).__name__}: {outcome}"
+    return str(outcome["error"] or outcome["best"])
 
 
 def _forget() -> None:

@@ -1,7 +1,10 @@
 """The queue of runs for a machine lent for a while."""
 
+import dataclasses
+import functools
 import json
 import tarfile
+import time
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from experiments.bundle import bundle, unbundle
 from experiments.config import ConfigError
 from experiments.gpu_batch import CONFIGS, Batch, main
 from experiments.jobs import read_queue
-from experiments.run import read_rows
+from experiments.run import Run, read_rows
 from experiments.steptime import main as time_steps
+from experiments.together import draws, train_together
 from experiments.worker import Worker
 
 CONFIG = """
@@ -92,7 +96,7 @@ def test_every_gpu_has_processes_that_see_it_alone_and_share_the_queue(queue, tm
             super().__init__(threads, environment)
 
         def run(self, request):
-            ran.append((self.gpu, request["row"], request["seed"]))
+            ran.extend((self.gpu, row, seed) for row, seed in request["runs"])
             return super().run(request)
 
     monkeypatch.setattr(gpu_batch, "Worker", Recorded)
@@ -114,6 +118,72 @@ def test_a_process_goes_on_with_what_it_has_compiled(queue, tmp_path):
     assert str(batch._next(None)) == "t/linear/0"  # another process compiles softmax
     batch.running = jobs[:2]
     assert str(batch._next(None)) == "t/softmax/0"  # better twice than idle
+
+
+def test_runs_of_a_method_train_together_as_each_would_alone(queue, tmp_path):
+    (tmp_path / "t.toml").write_text("search = { lr = [1e-3, 1e-2] }\n" + CONFIG.replace("steps = 2", "steps = 12"))
+    entry = '[[runs]]\nconfig = "t.toml"\nrows = ["linear"]\n'
+    queue.write_text(
+        entry + 'seeds = [0, 1]\n[[runs]]\nconfig = "t.toml"\nrows = ["linear"]\nbest = true\nseeds = [1]\n'
+    )
+    jobs = read_queue(queue)
+    assert batch_of(tmp_path / "alone", 600, jobs=1).run(jobs) == (4, 0)
+    batch = batch_of(tmp_path / "together", 600, jobs=1, together=3)
+    batch.waiting = list(jobs)
+    assert [str(job) for job in batch._next_group(None)] == [
+        "t/linear@lr=0.001/0",
+        "t/linear@lr=0.01/0",
+        "t/linear@lr=0.001/1",
+    ]
+    batch.end = time.monotonic() + 50  # for one of the 30 seconds that are thought of
+    assert len(batch._next_group(None)) == 1
+    batch.end = time.monotonic() + 600
+    assert batch.run(jobs) == (4, 0)
+    for path in (tmp_path / "alone/res").glob("t/*/seed-*.json"):
+        one, other = (
+            json.loads((folder / path.relative_to(tmp_path / "alone/res")).read_text())
+            for folder in (tmp_path / "alone/res", tmp_path / "together/res")
+        )
+        assert (one.pop("together"), other.pop("together")) in ((1, 3), (1, 1))
+        scores = [
+            [{k: v for k, v in point.items() if k != "seconds"} for point in result["curve"]] for result in (one, other)
+        ]
+        assert scores[0] == scores[1]
+
+
+def test_a_run_that_fails_leaves_the_others_of_its_group(tmp_path):
+    (tmp_path / "t.toml").write_text(CONFIG)
+    rows = read_rows(tmp_path / "t.toml")
+
+    def make(keep_compiled, seed):
+        if seed == 1:
+            raise ConfigError("no such thing")
+        return Run(rows["linear"], seed, device="cpu", results=tmp_path, work=tmp_path, quiet=True)
+
+    good, bad, late = train_together([functools.partial(make, seed=seed) for seed in range(3)], time.time() + 60)
+    assert good["steps"] == late["steps"] == 2
+    assert str(bad) == "no such thing"
+
+
+def test_a_job_that_fails_beside_others_runs_once_more_alone(queue, tmp_path, monkeypatch):
+    asked = []
+
+    class Refusing(Worker):
+        def run(self, request):
+            asked.append(len(request["runs"]))
+            return ["RuntimeError: no"] * 2 if len(request["runs"]) > 1 else super().run(request)
+
+    monkeypatch.setattr(gpu_batch, "Worker", Refusing)
+    assert batch_of(tmp_path, 600, jobs=1, together=2).run(read_queue(queue)[1:3]) == (2, 0)
+    assert asked == [2, 1, 1]
+
+
+def test_runs_that_draw_random_numbers_do_not_share_a_device(queue, tmp_path):
+    row = read_rows(CONFIGS / "sst2.toml")["softmax@lr=0.001"]
+    assert draws(row)  # dropout
+    assert not draws(dataclasses.replace(row, model=dataclasses.replace(row.model, dropout=0.0)))
+    pictures = read_rows(CONFIGS / "fashion_mnist.toml")
+    assert [draws(pictures[f"{name}@lr=0.001"]) for name in ("yoso", "yoso-expectation")] == [True, False]
 
 
 def test_visible_gpus_are_those_named(monkeypatch):

@@ -171,19 +171,24 @@ class WindowSampler:
         self.windows = max(1, (len(text) - 1) // context - 1)  # one less leaves room for the offset
         self._epoch, self._starts = -1, torch.empty(0, dtype=torch.int64)
 
-    def _start(self, position: int) -> int:
-        epoch, index = divmod(position, self.windows)
+    def _starts_of(self, epoch: int) -> Tensor:
+        """Where the windows of an epoch begin, in its order, on the text's device: steps then wait for no copy."""
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             room = len(self.text) - 1 - self.windows * self.context
             offset = int(torch.randint(room + 1, (1,), generator=generator))
             order = torch.randperm(self.windows, generator=generator)
-            self._epoch, self._starts = epoch, order * self.context + offset
-        return int(self._starts[index])
+            self._epoch, self._starts = epoch, (order * self.context + offset).to(self.text.device)
+        return self._starts
 
     def batch(self, position: int, size: int) -> tuple[Tensor, Tensor]:
         """Windows number ``position`` to ``position + size``: inputs and targets, [size, context] int64 each."""
-        starts = torch.tensor([self._start(position + i) for i in range(size)]).to(self.text.device)
+        parts, end = [], position + size
+        while position < end:
+            epoch, first = divmod(position, self.windows)
+            parts.append(self._starts_of(epoch)[first : first + end - position])
+            position += len(parts[-1])
+        starts = torch.cat(parts)
         rows = self.text[starts[:, None] + torch.arange(self.context + 1, device=self.text.device)].long()
         return rows[:, :-1], rows[:, 1:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class Mqar(SplitTask):
         return DecoderLM(ModelConfig(**{**vars(config), "vocab": self.options.vocab}), seed=seed)
 
 
+@functools.lru_cache(maxsize=4)
 def mqar_examples(options: MqarOptions, count: int, seed: int) -> Split:
     """Inputs and targets [count, length]; a target lies where its key is asked."""
     generator = torch.Generator().manual_seed(seed)
@@ -130,6 +132,7 @@ class Needle(SplitTask):
         return DecoderLM(ModelConfig(**{**vars(config), "vocab": 256}), seed=seed)
 
 
+@functools.lru_cache(maxsize=4)  # a process that runs one method after another makes them once
 def needle_examples(options: NeedleOptions, count: int, seed: str) -> Split:
     """Inputs and targets [count, length] bytes; only the digits of the answer are targets."""
     draw = random.Random(f"needle {seed}")
@@ -149,8 +152,9 @@ def _haystack(options: NeedleOptions, draw: random.Random) -> str:
     question = _fact(names[asked], numbers[asked])[:-1]
     room = options.length + 1 - len(question) - sum(map(len, facts))
     words: list[str] = []
-    while (missing := room - sum(len(word) for word in words)) > 0:
-        words.append((" " + draw.choice(FILLER))[:missing])
+    while room > 0:
+        words.append((" " + draw.choice(FILLER))[:room])
+        room -= len(words[-1])
     places = sorted((draw.randrange(len(words) + 1) for _ in facts), reverse=True)
     for place, fact in zip(places, facts, strict=True):
         words.insert(place, fact)
