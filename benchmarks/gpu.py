@@ -164,13 +164,16 @@ FOUND = frozenset(
 
 
 def merged_rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of all files what was measured, each once: as the first file has it that does. Rows of another commit say so."""
+    """Of all files what was measured, each once: as the first file has it that does. Rows of another commit say so.
+
+    A row that says so already keeps what it says.
+    """
     rows: dict[Any, dict[str, Any]] = {}
     for one in found:
         commit = one["context"]["commit"]
         other = {} if commit == found[0]["context"]["commit"] else {"commit": str(commit)[:9]}
         for row in one["rows"]:
-            rows.setdefault(tuple(sorted((k, str(v)) for k, v in row.items() if k not in FOUND)), row | other)
+            rows.setdefault(tuple(sorted((k, str(v)) for k, v in row.items() if k not in FOUND)), other | row)
     return list(rows.values())
 
 

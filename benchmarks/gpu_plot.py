@@ -31,6 +31,12 @@ def plot(path: Path) -> Path:
     return target
 
 
+#: The same in both plots, whatever is measured.
+COLOURS = {
+    "RACE (2,2)": "C0", "RACE (3,3)": "C1", "RACE (4,4)": "C2", "plain torch (2,2)": "C4", "flash": "C7", "cudnn": "C3",
+}  # fmt: skip
+
+
 def _lengths(axis: Any, rows: list[dict[str, Any]]) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
@@ -42,7 +48,8 @@ def _lengths(axis: Any, rows: list[dict[str, Any]]) -> None:
             series.setdefault("floor", []).append((row["tokens"], row["floor_ms"]))
     for name, points in series.items():
         style = "k--" if name == "floor" else "o:" if name.endswith("graph") else "o-"
-        axis.loglog(*zip(*sorted(points), strict=True), style, label=name, markersize=3)
+        colour = {} if name == "floor" else {"color": COLOURS[name.removesuffix(", graph")]}
+        axis.loglog(*zip(*sorted(points), strict=True), style, label=name, markersize=3, **colour)
 
 
 def _bandwidth(axis: Any, rows: list[dict[str, Any]]) -> None:

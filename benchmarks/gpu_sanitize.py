@@ -28,6 +28,8 @@ import torch
 from experiments.report import commit
 
 TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")  # the slowest first
+#: Looking up where on the host a kernel was started takes most of the time of a case with many reports.
+BRIEF = ("--show-backtrace", "no", "--print-limit", "20")
 #: Calls of a case. The first two run the host code; the fifth is forward and backward a recording's replay.
 REPEATS = {"memcheck": 5}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -132,7 +134,7 @@ def sanitized(tool: str | None, name: str, dtypes: tuple[str, ...], seconds: flo
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         if tool is not None:
-            command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), "--print-limit", "20", *command]
+            command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), *BRIEF, *command]
             if tool == "initcheck":
                 environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         begin = time.monotonic()
