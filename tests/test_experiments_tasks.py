@@ -27,7 +27,7 @@ from experiments.tables import markdown, read_table
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.base import IGNORED, Batch, accuracy
 from experiments.tasks.listops import END, TOKENS, ListOpsOptions, evaluate, generate
-from experiments.tasks.recall import MqarOptions, NeedleOptions, mqar_examples, needle_examples
+from experiments.tasks.recall import FILLER, MqarOptions, NeedleOptions, mqar_examples, needle_examples
 from experiments.tasks.sentences import PADDING, UNKNOWN, read_labelled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,22 +206,31 @@ def test_mqar_answers_are_the_values_of_the_keys():
     assert (places < 100).float().mean() > 0.5  # a power law: most questions come soon
 
 
-def test_needle_is_in_the_text_once_and_asked_for_at_its_end():
-    options = NeedleOptions(length=300, needles=3, digits=5)
+def test_needles_are_in_the_text_once_and_asked_for_at_its_end():
+    options = NeedleOptions(length=300, needles=3, questions=2, digits=5)
     split = needle_examples(options, 40, "0")
     assert split.inputs.shape == split.targets.shape == (40, 300)
     depths = []
     for row, target in zip(split.inputs, split.targets, strict=True):
-        assert (target != IGNORED).sum() == 5
-        text = (bytes(row.tolist()) + bytes([target[-1]])).decode()
-        facts = re.findall(r"The number of (\w+) is (\d{5})", text)
-        assert len(facts) == 4
-        asked, answer = facts[-1]
-        assert dict(facts[:-1])[asked] == answer
-        assert bytes(target[-5:].tolist()).decode() == answer
-        depths.append(text.index(f"of {asked} is"))
-    assert min(depths) < 60
-    assert max(depths) > 150
+        text = bytes(row.tolist()).decode() + "."
+        facts = re.findall(r" (\w+)=(\d{5})\.", text)
+        assert len(facts) == 5
+        assert len(set(facts[:3])) == 3
+        assert set(facts[3:]) < set(facts[:3])
+        assert re.search(r"( \w+=\d{5}\.){2}$", text)
+        answers = bytes(byte for byte in target.tolist() if byte != IGNORED).decode()
+        assert answers == "".join(number for _, number in facts[3:])
+        places = (target != IGNORED).nonzero().flatten().tolist()
+        assert all(text[place + 1] == chr(target[place]) for place in places)  # each asked one byte before
+        depths += [text.index(f" {name}=") for name, _ in facts[:3]]
+        filler = re.sub(r" \w+=\d{5}\.", "", text)
+        assert set(filler.split()[1:-1]) <= set(FILLER)  # facts stand between words
+    assert min(depths) < 20
+    assert max(depths) > 200
+    assert not torch.equal(split.inputs, needle_examples(options, 40, "1").inputs)
+    for wrong in ({"questions": 2}, {"needles": 13}, {"digits": 0}, {"length": 50}):
+        with pytest.raises(ConfigError, match="task_options." + next(iter(wrong))):
+            NeedleOptions(**wrong)
 
 
 def test_accuracy_counts_what_is_asked():

@@ -92,21 +92,25 @@ class NeedleOptions:
 
     Attributes:
         length: bytes.
-        needles: facts hidden in the text; one is asked for at its end.
+        needles: facts hidden in the text, at most 12.
+        questions: how many of them are asked for at its end.
         digits: of each fact's number.
         train, valid: examples.
     """
 
     length: int = 1024
     needles: int = 1
+    questions: int = 1
     digits: int = 4
     train: int = 20000
     valid: int = 500
 
     def __post_init__(self) -> None:
-        check(self.needles >= 1, "task_options.needles", self.needles, "1 or more")
+        most = len(NAMES)
+        check(1 <= self.needles <= most, "task_options.needles", self.needles, f"in [1, {most}]")
+        check(1 <= self.questions <= self.needles, "task_options.questions", self.questions, f"in [1, {self.needles}]")
         check(self.digits >= 1, "task_options.digits", self.digits, "1 or more")
-        room = (self.needles + 1) * (len(_fact("longest name", "")) + self.digits) + 40
+        room = (self.needles + self.questions) * len(_fact(max(NAMES, key=len), "0" * self.digits)) + 40
         check(self.length >= room, "task_options.length", self.length, f"at least {room}")
 
 
@@ -115,11 +119,15 @@ FILLER = ("the", "grass", "is", "green", "sky", "was", "blue", "and", "sun", "ov
 
 
 def _fact(name: str, number: str) -> str:
-    return f" The number of {name} is {number}."
+    return f" {name}={number}."
 
 
 class Needle(SplitTask):
-    """A number stated once in a long filler text, at any depth, and asked for at the end; digits right count."""
+    """Numbers stated once each in a long filler text, at any depth, some asked for at its end; digits right count.
+
+    ``... the sky anna=4711. was blue ... bela=0815. we ... bela=0815. anna=4711.``: a model is asked for the digits of
+    the last two. That more than one is asked makes the task quick to learn; a guess has 10 %.
+    """
 
     def __init__(
         self, name: str, options: NeedleOptions, *, data_dir: str | None, device: torch.device, seed: int
@@ -134,28 +142,30 @@ class Needle(SplitTask):
 
 @functools.lru_cache(maxsize=4)  # a process that runs one method after another makes them once
 def needle_examples(options: NeedleOptions, count: int, seed: str) -> Split:
-    """Inputs and targets [count, length] bytes; only the digits of the answer are targets."""
+    """Inputs and targets [count, length] bytes; only the digits of the answers are targets."""
     draw = random.Random(f"needle {seed}")
-    texts = [_haystack(options, draw) for _ in range(count)]
-    rows = torch.frombuffer(bytearray("".join(texts).encode()), dtype=torch.uint8).view(count, -1).long()
-    targets = torch.full((count, options.length), IGNORED)
-    targets[:, -options.digits :] = rows[:, -options.digits :]
-    return Split(rows[:, :-1], targets)
+    filler = " " + " ".join(draw.choices(FILLER, k=options.length + 10_000))  # examples read it from different places
+    texts = [_haystack(options, filler, draw) for _ in range(count)]
+    rows = torch.frombuffer(bytearray("".join(text for text, _ in texts).encode()), dtype=torch.uint8)
+    rows = rows.view(count, -1).long()
+    answers = torch.tensor([starts for _, starts in texts])[..., None] + torch.arange(options.digits)
+    asked = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, answers.flatten(1), value=True)
+    return Split(rows[:, :-1], rows.masked_fill(~asked, IGNORED)[:, 1:])
 
 
-def _haystack(options: NeedleOptions, draw: random.Random) -> str:
-    """length + 1 characters that end with the answer."""
+def _haystack(options: NeedleOptions, filler: str, draw: random.Random) -> tuple[str, list[int]]:
+    """length + 1 characters that end with the questions, and where in them the answers' digits start."""
     names = draw.sample(NAMES, options.needles)
-    numbers = ["".join(draw.choices("0123456789", k=options.digits)) for _ in names]
-    facts = [_fact(name, number) for name, number in zip(names, numbers, strict=True)]
-    asked = draw.randrange(options.needles)
-    question = _fact(names[asked], numbers[asked])[:-1]
-    room = options.length + 1 - len(question) - sum(map(len, facts))
-    words: list[str] = []
-    while room > 0:
-        words.append((" " + draw.choice(FILLER))[:room])
-        room -= len(words[-1])
-    places = sorted((draw.randrange(len(words) + 1) for _ in facts), reverse=True)
-    for place, fact in zip(places, facts, strict=True):
-        words.insert(place, fact)
-    return "".join(words) + question
+    facts = [_fact(name, "".join(draw.choices("0123456789", k=options.digits))) for name in names]
+    asked = draw.sample(facts, options.questions)
+    room = options.length + 1 - sum(map(len, facts + asked))
+    start = draw.randrange(len(filler) - room)
+    text = filler[start : start + room]
+    places = sorted(text.find(" ", draw.randrange(room)) % room for _ in facts)  # not found: before its last letter
+    parts = [text[a:b] for a, b in zip([0, *places], [*places, room], strict=True)]
+    text = "".join(part + fact for part, fact in zip(parts, [*facts, ""], strict=True))
+    starts = []
+    for fact in asked:
+        starts.append(len(text) + len(fact) - 1 - options.digits)
+        text += fact
+    return text, starts
