@@ -17,7 +17,17 @@ from race_attention import RaceState, race_attention
 from race_attention.backends import cpu, cpu_library
 from race_attention.checks import check
 from race_attention.testing import assert_within_budget, leaves, make_inputs, oracle, relative_error
-from tests.helpers import BACKENDS, CASES, evaluate, expected, in_double, inputs_of, skip_unless_runnable, whole
+from tests.helpers import (
+    BACKENDS,
+    CASES,
+    by_oracle,
+    evaluate,
+    expected,
+    in_double,
+    inputs_of,
+    skip_unless_runnable,
+    whole,
+)
 
 BACKEND = next(b for b in BACKENDS if b.name == "cpu")
 DTYPES = pytest.mark.parametrize("dtype", BACKEND.dtypes, ids=str)
@@ -207,6 +217,18 @@ def test_a_key_of_the_opposite_corner_is_still_seen():
     assert torch.allclose(out, inputs["value"], rtol=1e-5)
     for gradient in torch.autograd.grad(out.sum(), list(leaves(inputs).values())):
         assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("log_decay", [-2.0, -5.0, -8.0, -12.0])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_decay_gradient_where_a_token_sees_hardly_more_than_itself(log_decay, kv_heads):
+    inputs = make_inputs(
+        causal=True, tokens=300, decay="token", heads=4, kv_heads=kv_heads, dim=20, beta=1.0, requires_grad=True, seed=3
+    )
+    with torch.no_grad():
+        inputs["log_decay"].mul_(0.1).add_(log_decay)
+    found, right = (of["gradient of log_decay"] for of in (evaluate(whole, inputs, backend="cpu"), by_oracle(inputs)))
+    assert_within_budget(found, right, torch.float32, "backward")
 
 
 @pytest.mark.parametrize("strength", [-30.0, -100.0, -1e4])

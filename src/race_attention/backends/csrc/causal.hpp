@@ -302,7 +302,12 @@ class Causal : public Base<T> {
       kept[1] = room.den_adjoint[i];
       kept[2] = room.lift[i];
     }
-    if (a.dq.data || this->wants_hash()) this->hash_gradients(room.pq, room.slopes, x, a.dq, row.q0, b, h, rows);
+    if (!a.dq.data && !this->wants_hash() && !a.dlog_decay) return;
+    this->hash_gradients(room.pq, room.slopes, x, a.dq, row.q0, b, h, rows);
+    for (i64 i = 0; a.dlog_decay && i < b.count; ++i) {
+      T& term = decay_gradient(b.begin + i);
+      term = h == g * p.heads_a_group ? room.total[i] : term + room.total[i];
+    }
   }
 
   void key_run(i64 begin, i64 end, i64 slot) {
@@ -425,8 +430,10 @@ class Causal : public Base<T> {
   }
 
   // dL/dlog_decay of a run's first token is (adjoint before it) . (state before it); from there on it changes by
-  // phi_k . dphi_k at each token. phi_q . dphi_q is 0: a normalised output does not change when phi_q is scaled.
-  // Starting afresh at each run keeps the rounding of long sums out.
+  // phi_k . dphi_k - phi_q . dphi_q at each token. The latter is 0, for a normalised output does not change when phi_q is
+  // scaled, but for roundings: where a token sees hardly more than itself, v_j . h_j + c_j is the difference of two equal
+  // numbers, and what is left of it is in both terms. At -6 a token it would be 2e-4 of the gradient, at -12 a tenth.
+  // Starting afresh at each run keeps the rounding of long sums out. The queries' pass leaves its term in the gradient's place.
   double decay_flow(i64 begin, Running<T>& n) {
     start_state(begin / a.run);
     const double *base = n.base(), *acc = n.acc();
@@ -440,11 +447,15 @@ class Causal : public Base<T> {
     return flow;
   }
   void decay_gradients(i64 begin, i64 end, double flow) {
-    T* to = static_cast<T*>(a.dlog_decay);
     for (i64 t = begin; t < end; ++t) {
-      to[(row.batch * a.tk + row.k0 + t) * a.groups + g] = static_cast<T>(flow);
-      flow += static_cast<double>(room.key_term[t - begin]);
+      T& gradient = decay_gradient(t);
+      const T query_term = gradient;
+      gradient = static_cast<T>(flow);
+      flow += static_cast<double>(room.key_term[t - begin]) - static_cast<double>(query_term);
     }
+  }
+  T& decay_gradient(i64 t) const {
+    return static_cast<T*>(a.dlog_decay)[(row.batch * a.tk + row.k0 + t) * a.groups + g];
   }
 
   void finish_backward(const Piece& piece, Running<T>& adjoint) {
