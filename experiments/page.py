@@ -2,8 +2,8 @@
 
 What lies between ``<!-- accuracy: TABLE | TITLE -->`` and ``<!-- end -->`` is replaced by the table of
 ``experiments/results/TABLE``; with ``<!-- accuracy: TABLE | TITLE | PATTERN PATTERN -->`` by the rows that match one of
-the patterns (as of file names; ``!PATTERN`` leaves rows out). ``--check`` writes nothing and fails where the page would
-change.
+the patterns (as of file names; ``!PATTERN`` leaves rows out, ``=ROW`` adds a column that compares with that row).
+``--check`` writes nothing and fails where the page would change.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from experiments import tables
 from experiments.config import ConfigError
+from experiments.table_text import markdown
 
 _TABLE = re.compile(r"(<!-- accuracy: (\S+) \| (.+?)(?: \| (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -39,11 +40,12 @@ def _table(name: str, title: str, patterns: Sequence[str], results: Path, config
     if not list((results / name).glob("*/seed-*.json")):
         return f"### {title}\n\n*Not run yet; `experiments/configs/{name}.toml` says what is planned.*\n"
     rows = tables.read_table(results / name, tables.planned_rows(config))
-    rows = [row for row in rows if _wanted(row.name, patterns)]
+    against = next((pattern[1:] for pattern in patterns if pattern.startswith("=")), None)
+    rows = [row for row in rows if _wanted(row.name, [one for one in patterns if not one.startswith("=")])]
     if not rows:
         raise ConfigError(f"accuracy: got {' '.join(patterns)!r} for {name}, of which it has no row")
     source = f"From `experiments/results/{name}`; settings in `experiments/configs/{name}.toml`."
-    return f"{tables.markdown(rows, title)}\n{source}\n"
+    return f"{markdown(rows, title, against)}\n{source}\n"
 
 
 def _wanted(row: str, patterns: Sequence[str]) -> bool:

@@ -26,7 +26,9 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         x = row.milliseconds if row.milliseconds is not None else row.seconds
         spread = statistics.stdev(row.scores) * scale if len(row.scores) > 1 else 0.0
         axis.errorbar(x, row.mean * scale, yerr=spread, fmt="o", capsize=2)
-        axis.annotate(row.name, (x, row.mean * scale), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.annotate(
+            row.label or row.name, (x, row.mean * scale), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
     if points:
         axis.set(
             title=title,

@@ -13,12 +13,14 @@ import argparse
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments.config import ConfigError, check
+from experiments.labels import label
 
 #: Why a row of a configuration has no result, where ``missing.json`` beside the results gives no reason.
 NOT_RUN = "not run yet: no time on the GPU"
@@ -29,7 +31,9 @@ class Row:
     """What the seeds of one method found.
 
     Attributes:
-        name: of the method.
+        name: of the method, as its configuration has it.
+        label: what stands for it in a table.
+        model: the fields of its :class:`~experiments.models.blocks.ModelConfig`, where they are known.
         split, metric, higher_is_better: of the scores.
         scores: one a seed that did not fail.
         validation: the scores of the same seeds on the validation set; empty where ``scores`` are those.
@@ -47,6 +51,8 @@ class Row:
     """
 
     name: str
+    label: str = ""
+    model: Mapping[str, Any] = field(default_factory=dict)
     split: str = "valid"
     metric: str = "accuracy"
     higher_is_better: bool = True
@@ -69,7 +75,7 @@ class Row:
         return statistics.fmean(self.scores) if self.scores else None
 
 
-def read_table(folder: Path, planned: Sequence[str] = ()) -> list[Row]:
+def read_table(folder: Path, planned: Mapping[str, Mapping[str, Any]] | None = None) -> list[Row]:
     """The rows of a table, from ``folder/ROW/seed-N.json``.
 
     Beside them may lie ``paper.json`` (method -> the paper's number), ``missing.json`` (method -> why it was not run)
@@ -77,13 +83,13 @@ def read_table(folder: Path, planned: Sequence[str] = ()) -> list[Row]:
 
     Args:
         folder: of the results.
-        planned: methods in the order of their configuration, shown also where nothing was run.
+        planned: methods in the order of their configuration, with their models' fields; shown without a result too.
 
     Raises:
         ConfigError: no results there, a file that is none, or results on different data.
     """
     paper, missing, speed = (_optional(folder / f"{name}.json") for name in ("paper", "missing", "speed"))
-    methods: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in [*planned, *missing]}
+    methods: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in [*(planned or {}), *missing]}
     digests = set()
     for path in sorted(folder.glob("*/seed-*.json")):
         result = _read(path)
@@ -92,14 +98,26 @@ def read_table(folder: Path, planned: Sequence[str] = ()) -> list[Row]:
         methods.setdefault(name, {}).setdefault(setting, []).append(result)
     check(any(methods.values()), "table", str(folder), "a folder with ROW/seed-N.json")
     check(len(digests - {None}) <= 1, str(folder), f"results on {len(digests)} sets of data", "the same data in all")
+    models = dict(planned or {}) | {name: _model(settings) for name, settings in methods.items() if settings}
+    heads = Counter(model["heads"] for model in models.values() if "heads" in model).most_common(1)
     rows = []
     for name, settings in methods.items():
+        called = label(models[name], heads[0][0] if heads else None) if models.get(name) else name
         if settings:
             alone = [speed.get(key, {}).get(name) for key in ("milliseconds", "memory_gb")]
-            rows.append(_row(name, settings, paper.get(name), *alone))
+            rows.append(_row(name, called, models[name], settings, paper.get(name), *alone))
         else:
-            rows.append(Row(name, missing=missing.get(name, NOT_RUN), paper=paper.get(name)))
+            rows.append(
+                Row(name, called, models.get(name, {}), missing=missing.get(name, NOT_RUN), paper=paper.get(name))
+            )
     return rows
+
+
+def _model(settings: Mapping[str, list[dict[str, Any]]]) -> Mapping[str, Any]:
+    """Of the first result; empty where it does not say."""
+    first = next(iter(settings.values()))[0]
+    found: Mapping[str, Any] = first.get("config", {}).get("model", {})
+    return found
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -118,6 +136,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _row(
     name: str,
+    called: str,
+    model: Mapping[str, Any],
     settings: Mapping[str, list[dict[str, Any]]],
     paper: float | None,
     milliseconds: float | None,
@@ -136,6 +156,8 @@ def _row(
     split = "test" if good and "test" in good[0]["best"] else "valid"
     return Row(
         name=name,
+        label=called,
+        model=model,
         split=split,
         metric=results[0]["metric"],
         higher_is_better=higher,
@@ -170,101 +192,16 @@ def _chosen(tried: Sequence[tuple[str, float | None, tuple[float, ...]]], higher
     return (max if higher else min)(good, key=lambda one: one[1])[0]
 
 
-def shown(value: float, metric: str) -> str:
-    """Accuracy in percent, bits with three digits."""
-    return f"{100 * value:.2f}" if metric == "accuracy" else f"{value:.4f}"
-
-
-def score(row: Row) -> str:
-    """Mean and standard deviation over seeds, or why there is none."""
-    if row.missing is not None:
-        return f"({row.missing})"
-    if row.mean is None:
-        return "failed, see below"
-    return spread(row.scores, row.metric)
-
-
-def spread(scores: Sequence[float], metric: str) -> str:
-    """Mean and standard deviation; nothing where there is no score."""
-    if not scores:
-        return ""
-    deviation = f" ± {shown(statistics.stdev(scores), metric)}" if len(scores) > 1 else ""
-    return shown(statistics.fmean(scores), metric) + deviation
-
-
-def markdown(rows: Sequence[Row], title: str) -> str:
-    """A table in Markdown, its failures below it."""
-    run = [row for row in rows if row.missing is None]
-    shape = _Columns(
-        paper=any(row.paper is not None for row in rows),
-        validation=any(row.validation for row in rows),
-        search=any(row.chosen for row in rows),
-        speed=any(row.milliseconds is not None for row in rows),
-        steps=len({row.steps for row in run}) > 1,
-    )
-    unit = _unit(run[0]) if run else "score"
-    heads = ["method", unit, *(["validation"] if shape.validation else []), *(["paper"] if shape.paper else [])]
-    heads += ["seeds", "parameters", *(["tried, validation"] if shape.search else [])]
-    heads += [*(["steps"] if shape.steps else []), *(["ms / step"] if shape.speed else [])]
-    heads += [*(["s alone"] if shape.steps and shape.speed else []), "s / run", "memory, GB"]
-    lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    lines += ["| " + " | ".join(_cells(row, shape)) + " |" for row in rows]
-    devices = sorted({d for r in run for d in r.devices})
-    lines += ["", "Mean and standard deviation over seeds, on " + ", ".join(devices) + "."] if run else []
-    if shape.search:
-        lines += ["In bold the setting that was best on the validation set with seed 0; the score is of it."]
-    lines += [f"- {row.name}, {error}" for row in rows for error in row.errors]
-    return "\n".join(lines) + "\n"
-
-
-def _unit(row: Row) -> str:
-    return f"{row.split} {row.metric}" + (", %" if row.metric == "accuracy" else " a byte")
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Which of the columns that not every table has are there."""
-
-    paper: bool
-    validation: bool
-    search: bool
-    speed: bool
-    steps: bool
-
-
-def _cells(row: Row, shape: _Columns) -> list[str]:
-    cells = [row.name, score(row), *([spread(row.validation, row.metric)] if shape.validation else [])]
-    cells += [("" if row.paper is None else f"{row.paper:g}")] if shape.paper else []
-    if row.missing is not None:
-        return cells + [""] * (4 + shape.search + shape.speed + shape.steps + (shape.steps and shape.speed))
-    cells += [str(len(row.scores)), f"{row.parameters:,}", *([_tried(row)] if shape.search else [])]
-    known = row.milliseconds is not None
-    cells += [f"{row.steps:,}"] if shape.steps else []
-    cells += [f"{row.milliseconds:.1f}" if known else ""] if shape.speed else []
-    if shape.steps and shape.speed:  # what training takes without evaluation, nothing else on the device
-        cells.append(f"{row.steps * (row.milliseconds or 0.0) / 1e3:.1f}" if known else "")
-    return [*cells, f"{row.seconds:.1f}", f"{row.memory_gb:.2f}"]
-
-
-def _tried(row: Row) -> str:
-    if not row.chosen:
-        return ""
-    parts = []
-    for setting, first, scores in row.tried:
-        text = f"{setting} {'failed' if first is None else shown(first, row.metric)}"
-        if len(scores) > 1:
-            text += f" ({len(scores)} seeds: {shown(statistics.fmean(scores), row.metric)})"
-        parts.append(f"**{text}**" if setting == row.chosen else text)
-    return ", ".join(parts)
-
-
-def planned_rows(config: Path) -> list[str]:
-    """The methods of a configuration file, in its order; none where there is no such file."""
+def planned_rows(config: Path) -> dict[str, Mapping[str, Any]]:
+    """The methods of a configuration file, in its order, with their models' fields; none without such a file."""
     if not config.exists():
-        return []
+        return {}
     from experiments.config import read
+    from experiments.run import merge
 
-    return list(read(config).get("rows", {}))
+    shared = read(config)
+    model, rows = shared.get("model", {}), shared.get("rows", {})
+    return {name: merge(model, own.get("model", {})) for name, own in rows.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -277,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", default="png", help="of the plots: png, svg...")
     parser.add_argument("--prefix", default="", help="of the plots' names")
     given = parser.parse_args(arguments)
+    from experiments.table_text import markdown
+
     names = given.table or sorted({path.parents[1].name for path in given.results.glob("*/*/seed-*.json")})
     try:
         check(bool(names), "--results", str(given.results), "a folder with results of experiments.run")

@@ -15,6 +15,7 @@ from experiments.config import ConfigError
 from experiments.data import local
 from experiments.data.files import read_idx
 from experiments.data.local import DataError, read_checked
+from experiments.labels import change, label
 from experiments.models import DecoderLM, HeadConfig, MaskedLM, ModelConfig, SequenceClassifier, VisionTransformer
 from experiments.page import main as page_main
 from experiments.page import rendered
@@ -22,8 +23,9 @@ from experiments.recall_plot import curves
 from experiments.recall_plot import main as recall_main
 from experiments.run import OutOfTime, Run, RunConfig, main, merge, read_rows
 from experiments.table_plot import plot
+from experiments.table_text import markdown
 from experiments.tables import main as tables_main
-from experiments.tables import markdown, read_table
+from experiments.tables import read_table
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.base import IGNORED, Batch, accuracy
 from experiments.tasks.listops import END, TOKENS, ListOpsOptions, evaluate, generate
@@ -31,6 +33,7 @@ from experiments.tasks.recall import FILLER, MqarOptions, NeedleOptions, mqar_ex
 from experiments.tasks.sentences import PADDING, UNKNOWN, read_labelled
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "experiments/configs"
 CPU = torch.device("cpu")
 SMALL = ModelConfig(dim=16, layers=1, heads=2, mixer_options={"tables": 2, "planes": 2}, max_length=64)
 SST2 = {"length": 12, "min_count": 1}
@@ -397,7 +400,7 @@ def test_tables_take_the_test_score_at_the_best_validation_step(data, tmp_path):
     rows = read_table(tmp_path / "t")
     assert rows[0].scores == (0.8, 0.9)
     text = markdown(rows, "t")
-    assert "| row | 85.00 ± 7.07 | 70.00 ± 0.00 | 2 | 1,000 | 2.0 | 1.00 |" in text
+    assert "| row | 85.00 ± 7.07 | 70.00 ± 0.00 | 2 | 1,000 | 1.00 |" in text
     assert "- row, seed 2: diverged" in text
     plot(rows, "t", tmp_path / "t.png")
     (tmp_path / "t/row/seed-0.json").write_text("{}")
@@ -429,13 +432,15 @@ def test_tables_show_a_search_and_what_was_not_run(tmp_path):
     searched(tmp_path, "a@lr=0.01", 0, 0, 0, best=None, error="diverged")
     (tmp_path / "missing.json").write_text('{"c": "needs another package"}')
     (tmp_path / "speed.json").write_text('{"milliseconds": {"a": 3.25}}')
-    rows = read_table(tmp_path, ["b", "a"])
+    planned = {"b": {"mixer": "race", "mixer_options": {"planes": 3, "conv_size": 4, "decay": "per_token"}}, "a": {}}
+    rows = read_table(tmp_path, planned)
     assert [row.name for row in rows] == ["b", "a", "c"]
     assert rows[1].scores == (2.2, 2.4)
     text = markdown(rows, "t")
     tried = "lr=0.001 2.0000, **lr=0.002 1.9000 (2 seeds: 1.9250)**, lr=0.01 failed"
-    assert f"| a | 2.3000 ± 0.1414 | 1.9250 ± 0.0354 | 2 | 1,000 | {tried} | 3.2 | 2.0 | 1.00 |" in text
-    assert "| b | (not run yet: no time on the GPU) |" in text
+    assert "| a | 2.3000 ± 0.1414 | 1.9250 ± 0.0354 | 2 | 1,000 | 3.2 | 1.00 |" in text
+    assert f"| `a` | {tried} |" in text
+    assert "| RACE (3,4), convolution, decay | (not run yet: no time on the GPU) |" in text
     assert "| c | (needs another package) |" in text
     plot(rows, "t", tmp_path / "t.svg")
     before = (tmp_path / "t.svg").read_bytes()
@@ -444,9 +449,12 @@ def test_tables_show_a_search_and_what_was_not_run(tmp_path):
     searched(tmp_path, "e", 0, 1.0, 1.0, steps=500)  # rows of different steps show them, and what they take alone
     (tmp_path / "speed.json").write_text('{"milliseconds": {"e": 3.25}}')
     text = markdown(read_table(tmp_path), "t")
-    assert "| steps | ms / step | s alone | s / run |" in text
-    assert "| e | 1.0000 | 1.0000 | 1 | 1,000 |  | 500 | 3.2 | 1.6 | 2.0 | 1.00 |" in text
-    assert {row.count("|") for row in text.splitlines() if row.startswith("|")} == {12}
+    assert "| steps | ms / step | s in all | memory, GB |" in text
+    assert "| e | 1.0000 (one seed) | 1.0000 | 1 | 1,000 | 500 | 3.2 | 1.6 | 1.00 |" in text
+    assert {row.count("|") for row in text.splitlines() if row.startswith("|")} == {10, 3}
+    text = markdown(read_table(tmp_path), "t", against="e")
+    assert "| e | 1.0000 (one seed) | 1.0000 |  | 1 |" in text
+    assert "| a | 2.3000 ± 0.1414 | 1.9250 ± 0.0354 | +92.5 % | 2 |" in text
     searched(tmp_path, "b", 0, 1.0, 1.0, data_sha256="x")
     searched(tmp_path, "d", 0, 1.0, 1.0, data_sha256="y")
     with pytest.raises(ConfigError, match="the same data"):
@@ -502,15 +510,32 @@ def test_recall_is_drawn_against_the_size_of_the_state(tmp_path):
     assert (tmp_path / "m.svg").stat().st_size > 1000
 
 
+def test_a_row_is_called_by_its_settings():
+    rows = {name.partition("@")[0]: row for name, row in read_rows(CONFIGS / "novels_1024_short.toml").items()}
+    models = {name: dataclasses.asdict(row.model) for name, row in rows.items()}
+    whole = models["race-4x4-all"]
+    assert label(whole) == "RACE (4,4), learned planes, convolution, decay, gate"
+    assert label(models["linear-conv-per-token-gate-rope-heads8"], 4).startswith("linear (elu + 1), 8 heads, rotary")
+    assert change(models["race-4x4-all-no-decay"], whole) == "no decay"
+    assert change(models["race-4x4-all-multiscale"], whole) == "fixed decays"
+    assert change(models["race-2x2-all-rope"], whole) == "(2,2), rotary"
+    assert change(models["race-4x4-all-rope-fixed-planes"], whole) == "rotary, no learned planes"
+    assert change(whole, whole) == ""
+    assert len({label(model, 4) for model in models.values()}) == len(models)
+
+
 def test_a_page_shows_tables_and_what_has_none(tmp_path, capsys):
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/t.toml").write_text("[rows.a]\n[rows.b]\n[rows.b-c]\n")
+    (tmp_path / "configs/t.toml").write_text(
+        "[rows.a]\n[rows.b]\n[rows.b-c]\nmodel = { mixer = 'linear', mixer_options = { rope = 1e4, conv_size = 4 } }\n"
+    )
     searched(tmp_path / "results/t", "a", 0, 1.0, 2.0)
     text = "x\n<!-- accuracy: t | A title -->\nold\n<!-- end -->\n<!-- accuracy: u | Another | a -->\n<!-- end -->\ny\n"
     page = rendered(text, tmp_path / "results", tmp_path / "configs")
     assert page.startswith("x\n<!-- accuracy: t | A title -->\n\n### A title\n\n| method |")
     assert "old" not in page
-    assert "| a | 2.0000 | 1.0000 | 1 |" in page
+    assert "| a | 2.0000 (one seed) | 1.0000 | 1 |" in page
+    assert "| linear (elu + 1), rotary, convolution | (not run yet" in page
     assert "| b | (not run yet" in page
     assert "### Another\n\n*Not run yet" in page
     assert page.endswith("<!-- end -->\ny\n")
@@ -518,7 +543,7 @@ def test_a_page_shows_tables_and_what_has_none(tmp_path, capsys):
     some = rendered(text.replace("A title", "A title | b* !*-c"), tmp_path / "results", tmp_path / "configs")
     assert "| b | (not run yet" in some
     assert "| a |" not in some
-    assert "| b-c |" not in some
+    assert "| linear" not in some
     with pytest.raises(ConfigError, match="no row"):
         rendered(text.replace("A title", "A title | z"), tmp_path / "results", tmp_path / "configs")
     (tmp_path / "p.md").write_text(text)
