@@ -38,7 +38,7 @@ def rendered(page: str, results: Path, configs: Path) -> str:
 def _table(name: str, title: str, patterns: Sequence[str], results: Path, configs: Path) -> str:
     config = configs / f"{name}.toml"
     if not list((results / name).glob("*/seed-*.json")):
-        return f"### {title}\n\n*Not run yet; `experiments/configs/{name}.toml` says what is planned.*\n"
+        return f"**{title}**\n\n*Not run yet; `experiments/configs/{name}.toml` says what is planned.*\n"
     rows = tables.read_table(results / name, tables.planned_rows(config))
     against = next((pattern[1:] for pattern in patterns if pattern.startswith("=")), None)
     rows = [row for row in rows if _wanted(row.name, [one for one in patterns if not one.startswith("=")])]

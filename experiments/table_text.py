@@ -52,8 +52,8 @@ def markdown(rows: Sequence[Row], title: str, against: str | None = None) -> str
     base = next((row for row in rows if row.name == against), None)
     columns = _columns(rows, run, base)
     heads = ["method", _unit(run[0]) if run else "score", *(column.head for column in columns)]
-    lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    for row in rows:
+    lines = [f"**{title}**", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row in sorted(rows, key=lambda row: row is not base):
         cells = [column.cell(row) if row.missing is None else "" for column in columns]
         lines.append("| " + " | ".join([_name(row, base), score(row), *cells]) + " |")
     devices = sorted({d for r in run for d in r.devices})

@@ -532,12 +532,12 @@ def test_a_page_shows_tables_and_what_has_none(tmp_path, capsys):
     searched(tmp_path / "results/t", "a", 0, 1.0, 2.0)
     text = "x\n<!-- accuracy: t | A title -->\nold\n<!-- end -->\n<!-- accuracy: u | Another | a -->\n<!-- end -->\ny\n"
     page = rendered(text, tmp_path / "results", tmp_path / "configs")
-    assert page.startswith("x\n<!-- accuracy: t | A title -->\n\n### A title\n\n| method |")
+    assert page.startswith("x\n<!-- accuracy: t | A title -->\n\n**A title**\n\n| method |")
     assert "old" not in page
     assert "| a | 2.0000 (one seed) | 1.0000 | 1 |" in page
     assert "| linear (elu + 1), rotary, convolution | (not run yet" in page
     assert "| b | (not run yet" in page
-    assert "### Another\n\n*Not run yet" in page
+    assert "**Another**\n\n*Not run yet" in page
     assert page.endswith("<!-- end -->\ny\n")
     assert rendered(page, tmp_path / "results", tmp_path / "configs") == page
     some = rendered(text.replace("A title", "A title | b* !*-c"), tmp_path / "results", tmp_path / "configs")
