@@ -126,14 +126,18 @@ class TrainStep:
         return loss.detach()
 
     def _record(self, batch: Batch) -> None:
-        """Records a step without running it; where that fails, steps go on as before and the result says why."""
+        """Records a step without running it; where that fails, steps go on as before and the result says why.
+
+        On this step's own stream: matrix products get their working memory by stream, and torch's default one for
+        recordings would give the same to all that are replayed at once.
+        """
         padding = None if batch.padding is None else batch.padding.clone()
         static = Batch(batch.inputs.clone(), batch.targets.clone(), padding)
         self.optimiser.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
                 loss = self._run(static)
         except RuntimeError as error:
             self.wanted = False
