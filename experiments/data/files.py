@@ -14,13 +14,21 @@ from experiments.data.local import DATA_DIR, DataError, find_data_dir
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a data set lies on the Hugging Face hub: repository, configuration, text column, label column."""
+    """Where a data set lies on the Hugging Face hub: repository, configuration, columns, names of the held-out splits.
+
+    Attributes:
+        column: of the text or picture; several texts, joined by spaces, with a + between them.
+        label: column of the class; None for texts to model.
+        valid: the split to choose by; "test" where there is no other, which is then used for testing only.
+        test: another split that nothing is chosen by, of texts to model.
+    """
 
     repository: str
     configuration: str | None
     column: str
     label: str | None = None
     valid: str = "validation"
+    test: str | None = None
 
 
 #: Data sets that are fetched by name where their local files are not given.
@@ -30,8 +38,8 @@ HUB = {
     "imdb": Hub("stanfordnlp/imdb", None, "text", "label", valid="test"),
     "yahoo": Hub("community-datasets/yahoo_answers_topics", None, "question_title+question_content", "topic", "test"),
     "arxiv": Hub("ccdv/arxiv-classification", "no_ref", "text", "label"),
-    "wikitext-103": Hub("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
-    "ptb": Hub("ptb-text-only/ptb_text_only", None, "sentence"),
+    "wikitext-103": Hub("Salesforce/wikitext", "wikitext-103-raw-v1", "text", test="test"),
+    "ptb": Hub("ptb-text-only/ptb_text_only", None, "sentence", test="test"),
     "tinystories": Hub("roneneldan/TinyStories", None, "text"),
     "fashion_mnist": Hub("zalando-datasets/fashion_mnist", None, "image", "label", valid="test"),
     "cifar10": Hub("uoft-cs/cifar10", None, "img", "label", valid="test"),
@@ -53,18 +61,35 @@ def from_hub(name: str, split: str) -> Any:
         DataError: it cannot be had; the message names both ways, the hub and local files.
     """
     where = HUB[name]
-    ways = (
-        f"Give the folder that holds {name}/ with --data-dir (or {DATA_DIR}), or be online with "
-        f"'pip install datasets' to fetch {where.repository} by name"
-    )
+    ways = both_ways(name)
     try:
         import datasets  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise DataError(f"data {name!r}: no local files, and the package datasets is not installed. {ways}") from error
     try:
-        return datasets.load_dataset(where.repository, where.configuration, split=split)
+        return _load(datasets, where, split)
     except Exception as error:  # whatever the network, the hub or its cache raise
         raise DataError(f"data {name!r}: {type(error).__name__}: {error}. {ways}") from error
+
+
+def both_ways(name: str) -> str:
+    """How to get a data set of the hub: from local files, or by its name."""
+    return (
+        f"Give the folder that holds {name}/ with --data-dir (or {DATA_DIR}), or be online with "
+        f"'pip install datasets' to fetch {HUB[name].repository} by name"
+    )
+
+
+def _load(datasets: Any, where: Hub, split: str) -> Any:
+    """The split; of sets that are a program, which newer versions of the package do not run, the hub's conversion."""
+    try:
+        return datasets.load_dataset(where.repository, where.configuration, split=split)
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        return datasets.load_dataset(
+            where.repository, where.configuration, split=split, revision="refs/convert/parquet"
+        )
 
 
 def read_idx(data: bytes) -> Tensor:

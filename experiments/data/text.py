@@ -62,13 +62,14 @@ def load_text(name: str, data_dir: str | Path | None = None) -> Text:
 
 
 def load_split_files(name: str, data_dir: Path | None) -> Text:
-    """A text in two files, ``NAME/train.txt`` and ``NAME/valid.txt``."""
+    """A text in files: ``NAME/train.txt``, ``NAME/valid.txt`` and, where there is one, ``NAME/test.txt``."""
     folder = _existing(data_dir, name, f"put {name}/train.txt and {name}/valid.txt there")
     missing = [part for part in ("train", "valid") if not (folder / f"{part}.txt").exists()]
     if missing:
         raise DataError(f"data {name!r}: {folder} holds no {missing[0]}.txt")
     train, valid = ((folder / f"{part}.txt").read_bytes() for part in ("train", "valid"))
-    return text_of(name, train, valid, str(folder))
+    test = (folder / "test.txt").read_bytes() if (folder / "test.txt").exists() else b""
+    return text_of(name, train, valid, str(folder), test)
 
 
 def stdlib_files(root: Path | None = None) -> list[Path]:

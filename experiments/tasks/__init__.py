@@ -10,6 +10,8 @@ import torch
 
 from experiments import config as configuration
 from experiments.config import check
+from experiments.data.files import HUB, both_ways
+from experiments.data.local import DATA_DIR, DataError
 from experiments.tasks.base import Batch, Task
 
 __all__ = ["TASKS", "Batch", "Task", "make_task"]
@@ -43,11 +45,17 @@ def make_task(name: str, options: Mapping[str, Any], *, data_dir: str | None, de
         seed: of the order of the data and of drawn examples; never of the split or the evaluation.
 
     Raises:
-        ConfigError: no such task or option. DataError: its data is not there.
+        ConfigError: no such task or option. DataError: its data is not there; the message says how to get it.
     """
     check(name in TASKS, "task", name, "one of " + ", ".join(TASKS))
     module, options_name, class_name = TASKS[name].split(":")
     loaded = importlib.import_module(module)
     made = configuration.build(getattr(loaded, options_name), options, "task_options.")
-    task: Task = getattr(loaded, class_name)(name, made, data_dir=data_dir, device=device, seed=seed)
+    try:
+        task: Task = getattr(loaded, class_name)(name, made, data_dir=data_dir, device=device, seed=seed)
+    except DataError as error:
+        data = getattr(made, "data", name)
+        if DATA_DIR in str(error) or data not in HUB:
+            raise
+        raise DataError(f"{error}. {both_ways(data)}") from error  # a folder in which something is missing
     return task

@@ -134,8 +134,7 @@ def _hub_images(name: str, split: str, side: int, column: str, grey: bool = True
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     images = torch.stack([as_bytes(row[column], side, grey) for row in rows])
-    label = "label"
-    return Split(images, torch.tensor(rows[label]))
+    return Split(images, torch.tensor(list(rows["label"])))
 
 
 def _limited(split: Split, limit: int | None) -> Split:

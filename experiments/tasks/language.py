@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from experiments.config import check
 from experiments.data import Text, WindowSampler, evaluation_windows, load_text
-from experiments.data.files import HUB, from_hub
-from experiments.data.local import DataError
+from experiments.data.files import HUB, from_hub, local_folder
 from experiments.data.text import text_of
 from experiments.models.blocks import ModelConfig
 from experiments.models.encoder import MaskedLM
@@ -143,11 +142,9 @@ class MaskedLanguageModel(_Windows):
 
 
 def _text(name: str, data_dir: str | None) -> Text:
-    if name not in HUB:
+    if name not in HUB or local_folder(name, data_dir) is not None:
         return load_text(name, data_dir)
-    try:
-        return load_text(name, data_dir)
-    except DataError:
-        column = HUB[name].column
-        parts = ["\n".join(from_hub(name, split)[column]).encode() for split in ("train", HUB[name].valid)]
-        return text_of(name, parts[0], parts[1], HUB[name].repository)
+    where = HUB[name]
+    splits = ("train", where.valid, *([where.test] if where.test else []))
+    train, valid, *test = ("\n".join(from_hub(name, split)[where.column]).encode() for split in splits)
+    return text_of(name, train, valid, where.repository, *test)

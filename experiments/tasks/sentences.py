@@ -163,5 +163,5 @@ def _hub_texts(name: str) -> Texts:
     for part, split in (("train", "train"), ("valid" if where.valid == "validation" else "test", where.valid)):
         rows = from_hub(name, split).shuffle(seed=0)
         columns = [rows[column] for column in where.column.split("+")]
-        texts[part] = ([" ".join(row) for row in zip(*columns, strict=True)], rows[where.label])
+        texts[part] = ([" ".join(row) for row in zip(*columns, strict=True)], list(rows[where.label]))
     return texts
