@@ -27,7 +27,7 @@ from typing import Any
 from experiments.bundle import bundle, unbundle
 from experiments.config import ConfigError
 from experiments.jobs import Job, read_queue
-from experiments.run import read_rows
+from experiments.rows import read_rows
 from experiments.together import draws
 from experiments.worker import OUT_OF_TIME, Worker
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments import config as configuration
 from experiments.config import check
-from experiments.run import read_rows
+from experiments.rows import read_rows
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,121 +21,16 @@ import torch
 from torch import Tensor
 
 from experiments import checkpoint
-from experiments import config as configuration
 from experiments.baselines.race import RaceMixer
 from experiments.config import ConfigError, check
-from experiments.models.blocks import ModelConfig, count_parameters
+from experiments.models.blocks import count_parameters
 from experiments.optim import lr_factor, make_adamw, set_lr
 from experiments.report import Bar, machine
+from experiments.rows import RunConfig, read_rows
 from experiments.step import TrainStep
 from experiments.tasks import make_task
 from experiments.train import pick_device
 from race_attention.state import write_atomically
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One row of a table, but for the seed.
-
-    Attributes:
-        table: name of the table; a folder of results.
-        row: name of the method in it.
-        task, task_options: what is learned; see :data:`experiments.tasks.TASKS`.
-        model: the body; the task adds embedding and head.
-        steps, epochs: one of them.
-        batch, eval_batch: examples at a time.
-        eval_every: steps between evaluations; 0 for once an epoch, or at most 20 times in all.
-        lr, lr_floor, warmup, weight_decay, beta1, beta2, clip, precision: as in
-            :class:`experiments.train.TrainConfig`.
-        checkpoint_every: seconds between checkpoints; 0 for none but where the run is stopped.
-        graph: records the training step as a CUDA graph on a GPU (:mod:`experiments.step`).
-        compile: compiles the model's blocks on a GPU.
-    """
-
-    table: str
-    row: str
-    task: str
-    task_options: dict[str, Any] = field(default_factory=dict)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    steps: int | None = None
-    epochs: float | None = None
-    batch: int = 64
-    eval_batch: int = 256
-    eval_every: int = 0
-    lr: float = 1e-3
-    lr_floor: float = 0.0
-    warmup: float = 0.05
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.98
-    clip: float = 1.0
-    precision: str = "float32"
-    checkpoint_every: float = 120.0
-    graph: bool = True
-    compile: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("table", "row"):
-            value = getattr(self, name)
-            fits = bool(value) and value not in (".", "..") and not set(value) & set("/\\\0")
-            check(fits, name, value, "a name that a folder can have")
-        one = (self.steps is None) != (self.epochs is None)
-        check(one, "steps", self.steps, "given, or epochs, not both")
-        check(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more")
-        check(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "above 0")
-        for name in ("batch", "eval_batch"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        check(self.eval_every >= 0, "eval_every", self.eval_every, "0 or more")
-        for name in ("lr", "clip"):
-            check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
-        check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "'float32' or 'bfloat16'")
-
-
-def read_rows(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
-    """All rows of a configuration file, by name.
-
-    Where the file or a row says ``search = { lr = [1e-3, 2e-3] }`` there is a row for each value, ``NAME@lr=0.001``:
-    the same search for every method, whose outcome :mod:`experiments.tables` shows.
-
-    Raises:
-        ConfigError: naming the key and the row.
-    """
-    shared = configuration.read(path)
-    rows = shared.pop("rows", {})
-    check(isinstance(rows, dict) and bool(rows), "rows", rows, "a table [rows.NAME] for each row")
-    shared.setdefault("table", Path(path).stem)
-    found = {}
-    for name, own in rows.items():
-        data = configuration.override(merge(merge(shared, {"row": name}), own), overrides)
-        try:
-            for values in _searched(data.pop("search", {})):
-                settings = ",".join(f"{key}={value:g}" for key, value in values.items())
-                row = f"{name}@{settings}" if settings else name
-                found[row] = configuration.build(RunConfig, data | values | {"row": row})
-        except ConfigError as error:
-            raise ConfigError(f"{path}, row {name}: {error}") from error
-    return found
-
-
-def _searched(search: Mapping[str, Any]) -> list[dict[str, float]]:
-    """Every combination of the values to search."""
-    combinations: list[dict[str, float]] = [{}]
-    for key, values in search.items():
-        numbers = isinstance(values, list) and bool(values) and all(isinstance(v, (int, float)) for v in values)
-        check(numbers, f"search.{key}", values, "a list of numbers")
-        combinations = [before | {key: value} for before in combinations for value in values]
-    return combinations
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` laid over ``below``, table by table; mixer_options are replaced with their mixer."""
-    result = dict(below)
-    if "mixer" in above:
-        result.pop("mixer_options", None)
-    for key, value in above.items():
-        inner = result.get(key)
-        result[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return result
 
 
 class OutOfTime(Exception):

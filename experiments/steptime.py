@@ -20,7 +20,8 @@ import torch
 
 from experiments.config import ConfigError, check
 from experiments.report import machine
-from experiments.run import Run, RunConfig, peak_memory_gb, read_rows
+from experiments.rows import RunConfig, read_rows
+from experiments.run import Run, peak_memory_gb
 from race_attention.state import write_atomically
 
 

@@ -197,7 +197,7 @@ def planned_rows(config: Path) -> dict[str, Mapping[str, Any]]:
     if not config.exists():
         return {}
     from experiments.config import read
-    from experiments.run import merge
+    from experiments.rows import merge
 
     shared = read(config)
     model, rows = shared.get("model", {}), shared.get("rows", {})

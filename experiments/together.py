@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from experiments.run import Run, RunConfig
+from experiments.rows import RunConfig
+from experiments.run import Run
 from experiments.step import EAGER_STEPS
 
 #: Steps that a run takes alone at first: it compiles, records, and shows how much memory it needs.

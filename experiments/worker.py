@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from experiments.run import OutOfTime, Run, read_rows
+from experiments.rows import read_rows
+from experiments.run import OutOfTime, Run
 from experiments.together import Outcome, train_together
 
 #: How what is said of a job begins that was stopped and left a checkpoint.

@@ -14,7 +14,8 @@ from experiments.bundle import bundle, unbundle
 from experiments.config import ConfigError
 from experiments.gpu_batch import CONFIGS, Batch, main
 from experiments.jobs import read_queue
-from experiments.run import Run, read_rows
+from experiments.rows import read_rows
+from experiments.run import Run
 from experiments.steptime import main as time_steps
 from experiments.together import draws, train_together
 from experiments.worker import Worker

@@ -16,7 +16,7 @@ from experiments.data.files import HUB
 from experiments.data.local import DATA_DIR, DataError
 from experiments.data.pictures import CIFAR_FILES, read_cifar10
 from experiments.models.blocks import ModelConfig
-from experiments.run import read_rows
+from experiments.rows import read_rows
 from experiments.tasks import make_task
 
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from experiments.page import main as page_main
 from experiments.page import rendered
 from experiments.recall_plot import curves
 from experiments.recall_plot import main as recall_main
-from experiments.run import OutOfTime, Run, RunConfig, main, merge, read_rows
+from experiments.rows import RunConfig, merge, read_rows
+from experiments.run import OutOfTime, Run, main
 from experiments.table_plot import plot
 from experiments.table_text import markdown
 from experiments.tables import main as tables_main
