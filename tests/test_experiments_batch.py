@@ -152,6 +152,22 @@ def test_runs_of_a_method_train_together_as_each_would_alone(queue, tmp_path):
         assert scores[0] == scores[1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("row", ["race-4x4-all@lr=0.01", "softmax-conv-gate@lr=0.001"])
+def test_runs_on_one_gpu_do_not_touch_each_other(tmp_path, row):
+    config = read_rows(CONFIGS / "mqar.toml", ["steps=100", "eval_every=100", "task_options.train=12800"])[row]
+
+    def make(keep_compiled, seed):
+        return Run(config, seed, results=tmp_path, work=tmp_path, quiet=True, keep_compiled=keep_compiled)
+
+    alone = make(False, 1).train()
+    others = train_together([functools.partial(make, seed=seed) for seed in (0, 1, 2, 1)], time.time() + 300)
+    assert all(result["graph"] == "recorded" for result in [alone, *others])
+    for result in (others[1], others[3]):  # sums by atomic operations come in any order
+        assert result["best"]["train_loss"] == pytest.approx(alone["best"]["train_loss"], rel=2e-3)
+    assert others[0]["best"]["train_loss"] != pytest.approx(alone["best"]["train_loss"], rel=1e-6)
+
+
 def test_a_run_that_fails_leaves_the_others_of_its_group(tmp_path):
     (tmp_path / "t.toml").write_text(CONFIG)
     rows = read_rows(tmp_path / "t.toml")
