@@ -50,9 +50,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.plot([s for s, _ in found], [100 * (row.mean or 0.0) for _, row in found], marker="o", label=name)
     for index, row in enumerate(others):
         axis.axhline(
-            100 * (row.mean or 0.0), linestyle=("--", ":", "-.")[index % 3], color=f"C{index + 5}", label=row.name
+            100 * (row.mean or 0.0),
+            linestyle=("--", ":", "-.")[index % 3],
+            color=f"C{index + 5}",
+            label=row.label or row.name,
         )
     axis.set(xlabel="S, buckets a head", ylabel="answers right, %", xscale="log", ylim=(0, 102))
+    sizes = sorted({s for found in variants.values() for s, _ in found})
+    axis.set_xticks(sizes, [str(s) for s in sizes], minor=False)
+    axis.set_xticks([], minor=True)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
