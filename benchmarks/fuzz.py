@@ -1,7 +1,8 @@
 """Cases nobody chose: random shapes, options, strides and extremes against the float64 oracle, by seed.
 
     python -m benchmarks.fuzz --backend cpu --cases 2000 --seed 0 --workers 2
-    python -m benchmarks.fuzz --backend triton --device cuda --seconds 200 --workers 12 --output FILE
+    python -m benchmarks.fuzz --backend triton --device cuda --small --alike 20 --seconds 200 --workers 12 --output FILE
+    python -m benchmarks.fuzz --backend triton --device cuda --small --alike 20 --buckets 256 --having causal decay
     TRITON_INTERPRET=1 python -m benchmarks.fuzz --backend triton --small --cases 200
     python -m benchmarks.fuzz --backend cpu --only 1234          # one case again, and all its errors
 
@@ -9,7 +10,8 @@ A seed is a case, on every machine. Each is computed by a random route (one call
 and asked a random question; output, states and gradients have to be within the error budgets of DESIGN.md. What is not
 is looked at once more: gradients may cancel to nothing, and then no arithmetic of that width can hold a part of them.
 Where hashes are extreme (all saturated, or hardly any difference between tokens) gradients only have to be finite.
-So the oracle is asked again with its soft buckets, outputs and gradients rounded as that width rounds them; what
+So the oracle is asked again with its soft buckets, outputs and gradients rounded as that width rounds them (on a GPU
+float16 as bfloat16, which the kernels' soft buckets are in, for range); what
 lies within ROUNDINGS times that far is counted apart, as ill-conditioned. Exit status 1 where anything else is left.
 A case may be computed several times over, in other places of the memory: passes are recorded and done again.
 """
@@ -17,6 +19,7 @@ A case may be computed several times over, in other places of the memory: passes
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +28,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.fuzz_cases import DTYPES, asked, drawn, elsewhere, inputs_of, route_of
+from benchmarks.fuzz_cases import DTYPES, asked, drawn, elsewhere, has, inputs_of, route_of
 from race_attention.testing import BUDGETS, leaves, relative_error
 from tests import helpers, interpreter, rounded
 
@@ -43,6 +46,8 @@ SERVED = {
     "triton": ("float32", "bfloat16", "float16"),
 }
 ROUNDINGS = 12.0
+#: What autocast casts, so that its gradient comes back through the narrower dtype.
+AUTOCAST = ("gradient of query", "gradient of key", "gradient of value")
 #: Pairs of tokens past which the reference backend in float64 is what is right.
 PAIRS = 600_000
 
@@ -57,10 +62,12 @@ def started() -> None:
         interpreter.hurry()
 
 
-def checked(seed: int, backend: str, device: str, dtypes: tuple[str, ...], small: bool, alike: int) -> dict[str, Any]:
+def checked(
+    seed: int, backend: str, device: str, dtypes: tuple[str, ...], small: bool, alike: int, buckets: int = 0
+) -> dict[str, Any]:
     """The row of a seed: the largest error as a share of the budget, and what was out of it."""
     torch.manual_seed(seed)
-    case = drawn(seed, dtypes, small, alike)
+    case = drawn(seed, dtypes, small, alike, buckets)
     row: dict[str, Any] = {"seed": seed, "dtype": case["dtype"], "result": "within", "worst": 0.0}
     try:
         inputs = inputs_of(case, device)
@@ -90,7 +97,8 @@ def checked(seed: int, backend: str, device: str, dtypes: tuple[str, ...], small
         shares = dict.fromkeys(kinds, 0.0)
         for one in founds:
             for name, share in errors(one).items():
-                if case["twists"]["extreme"] and "gradient" in name and _finite(one[name], right[name]):
+                held = dtype if case["twists"]["autocast"] and name in AUTOCAST else one[name].dtype
+                if case["twists"]["extreme"] and "gradient" in name and _finite(one[name], right[name], held):
                     continue  # saturated: what gradients are left of may be less than any number
                 shares[name] = max(shares[name], share) if share == share else share
             if not torch.equal(one["tokens"].cpu(), right["tokens"]):
@@ -98,9 +106,11 @@ def checked(seed: int, backend: str, device: str, dtypes: tuple[str, ...], small
         row["worst"] = max(shares.values())
         out = {name: share for name, share in shares.items() if not share <= 1}
         if out:
-            moved = []
+            moved, width = [], dtype
+            if backend == "triton" and device != "cpu" and dtype == torch.float16:
+                width = torch.bfloat16
             for turn in range(3):
-                with rounded.arithmetic(dtype, turn):
+                with rounded.arithmetic(width, turn):
                     moved.append(errors(oracle()))
             moved.append(_flow(found, right, dtype, kinds))
             far = {name: max(shares.get(name, 0.0) for shares in moved) for name in out}
@@ -139,9 +149,9 @@ def _share(name: str, found: Tensor, right: helpers.Right, dtype: torch.dtype, k
     return relative_error(found, right[name], scale=scale) / budget
 
 
-def _finite(found: Tensor, right: Tensor) -> bool:
-    """Whether it is finite wherever its dtype has numbers as large as the right ones."""
-    return bool((found.isfinite().cpu() | (right.abs() > 0.9 * torch.finfo(found.dtype).max)).all())
+def _finite(found: Tensor, right: Tensor, held: torch.dtype) -> bool:
+    """Whether it is finite wherever the dtype it was ``held`` in has numbers as large as the right ones."""
+    return bool((found.isfinite().cpu() | (right.abs() > 0.9 * torch.finfo(held).max)).all())
 
 
 def _flow(found: dict[str, Tensor], right: helpers.Right, dtype: torch.dtype, kinds: Any) -> dict[str, float]:
@@ -156,11 +166,14 @@ def _flow(found: dict[str, Tensor], right: helpers.Right, dtype: torch.dtype, ki
     }
 
 
-def _seeds(first: int, cases: int, alike: int, workers: int) -> Iterator[int]:
-    """Every seed; processes are at work on different kernels, which they would compile at the same time."""
-    block = alike * workers
-    for begin in range(first - first % alike, first + cases, block):
-        for seed in (begin + group * alike + turn for turn in range(alike) for group in range(workers)):
+def _seeds(first: int, cases: int, alike: int, workers: int, fits: Callable[[int], bool]) -> Iterator[int]:
+    """Every seed of the groups whose seeds ``fits``, or of all.
+
+    Processes are at work on different groups: kernels of one they would compile at the same time.
+    """
+    groups = (group for group in range(first // alike, -(-(first + cases) // alike)) if fits(group * alike))
+    while together := list(itertools.islice(groups, workers)):
+        for seed in (group * alike + turn for turn in range(alike) for group in together):
             if first <= seed < first + cases:
                 yield seed
 
@@ -171,6 +184,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=None)
     parser.add_argument("--small", action="store_true", help="shapes that an interpreter can do")
+    parser.add_argument("--buckets", type=int, default=0, help="mostly nearly so many, in place of any number")
+    parser.add_argument("--having", nargs="+", default=(), help="only groups of: packed, state, decay, mask, a dtype")
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no case starts later")
@@ -179,13 +194,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, default=None, help="of all rows that are not within, as JSON")
     given = parser.parse_args()
-    one = partial(
-        checked, backend=given.backend, device=given.device, small=given.small, alike=given.alike,
-        dtypes=tuple(given.dtypes or SERVED[given.backend]),
-    )  # fmt: skip
+    how: dict[str, Any] = {"small": given.small, "alike": given.alike, "buckets": given.buckets}
+    how["dtypes"] = tuple(given.dtypes or SERVED[given.backend])
+    one = partial(checked, backend=given.backend, device=given.device, **how)
+
+    def fits(seed: int) -> bool:
+        return not given.having or has(drawn(seed, **how), tuple(given.having))
+
+    seeds = given.only or _seeds(given.seed, given.cases, given.alike, given.workers, fits)
     end, counts, rows = time.monotonic() + given.seconds, Counter[str](), []
     with multiprocessing.get_context("spawn").Pool(given.workers, started) as pool:
-        for row in pool.imap_unordered(one, given.only or _seeds(given.seed, given.cases, given.alike, given.workers)):
+        for row in pool.imap_unordered(one, seeds):
             counts[f"{row['dtype']} {row['result']}"] += 1
             if row["result"] in ("out", "error", "ill-conditioned") or given.only:
                 rows.append(row)

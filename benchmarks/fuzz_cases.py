@@ -21,10 +21,12 @@ PAIRS = {True: 40_000, False: 2_000_000}
 LONGEST = 20_000
 
 
-def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int) -> dict[str, Any]:
+def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int, buckets: int = 0) -> dict[str, Any]:
     """The case of a seed: options of make_inputs, and under "twists" what they do not cover.
 
-    So many seeds have dtype, sizes of a token and numbers of buckets in common, for which kernels are compiled.
+    ``alike`` seeds have in common what kernels are compiled for: dtype, sizes of a token, numbers of buckets, and
+    whether there are several heads a key head, a mask, decay, sequences, gradients of hyperplanes. ``buckets`` at most,
+    and then mostly nearly so many.
     """
     rng = random.Random(seed // alike)
 
@@ -36,16 +38,20 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int) -> dict[s
         edge = rng.choice([16, 32, 64, 128, 256, 512]) + rng.choice([-1, 0, 0, 1])
         return edge if chance(0.4) and edge <= most else round(most ** rng.random())
 
-    most_tokens, most_dim, most_buckets = (70, 40, 64) if small else (700, 256, 1024)
+    most_tokens, most_dim, most_buckets = (70, 40, buckets or 64) if small else (700, 256, buckets or 1024)
     planes = rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 6, 8, 10])
     while 2**planes > most_buckets:
         planes -= 1
     tables = min(size(most_buckets), most_buckets >> planes, rng.choice([1, 2, 3, 4, 5, 16, 64]))
+    if buckets:
+        tables = (most_buckets >> planes) - rng.choice([0, 0, 0, 1]) * (2**planes < most_buckets)
     dim, value_dim, causal, dtype = size(most_dim), size(most_dim), chance(0.6), rng.choice(dtypes)
+    share, decay, packed = rng.choice([1, 1, 2, 3]), rng.choice([None, None, "head", "token"]), chance(0.3)
+    masked, state, wanted = chance(0.45), chance(0.3), "all" if chance(0.5) else "none" if chance(0.1) else None
     rng = random.Random(seed)
     extreme, groups = chance(0.15), rng.choice([1, 1, 2, 3])
     options: dict[str, Any] = {
-        "heads": groups * rng.choice([1, 1, 2, 3]),
+        "heads": groups * share,
         "kv_heads": groups,
         "dim": dim,
         "value_dim": value_dim,
@@ -54,15 +60,15 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int) -> dict[s
         "shared_hyperplanes": chance(0.2),
         "beta": rng.choice([1e-3, 300.0, 1e4] if extreme else ["heads", "heads", "scalar", 0.3, 1.0, 4.0]),
         "causal": causal,
-        "decay": rng.choice([None, None, "head", "token"]) if causal else None,
-        "masked": rng.choice([0.0, 0.0, 0.0, 0.1, 0.6, 0.97, 1.1]),
+        "decay": decay if causal else None,
+        "masked": rng.choice([0.1, 0.6, 0.97, 1.1]) if masked else 0.0,
         "mask_per_head": chance(0.3),
-        "initial_state": chance(0.3),
+        "initial_state": state,
         "seed": seed,
     }
     options["scale"] = options["dim"] ** -0.5 * rng.choice([1.0, 1.0, 1.0, 2.0, 0.1]) if chance(0.8) else 1.0
     cost = options["heads"] * tables * planes
-    if chance(0.3):
+    if packed:
         most = max(1, min(most_tokens, int((PAIRS[small] / cost) ** 0.5)))
         lengths = [
             0 if chance(0.2) else 1 if chance(0.2) else size(most) for _ in range(rng.choice([0, 1, 2, 3, 6, 17]))
@@ -84,7 +90,7 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int) -> dict[s
         "strides": [rng.choice(STRIDES) for _ in range(3)],
         "extreme": extreme,
         "magnitude": [rng.choice(sizes), rng.choice(sizes), rng.choice([1.0, 1.0, 1.0, *odd])],
-        "wanted": "all" if chance(0.5) else "none" if chance(0.1) else rng.random(),
+        "wanted": wanted or rng.random(),
         "parameters": rng.choice([None, None, None, "float64", "bfloat16", "float32"]),
         "decay": rng.choice([None, None, "zero", "forget", "some forget"]),
         "same": chance(0.1),
@@ -102,6 +108,20 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int) -> dict[s
     if twists["route"] in ("segments", "ranks", "sequences"):  # there their gradients are added up in their own dtype
         twists["parameters"] = None
     return {"seed": seed, "dtype": dtype, "options": options, "twists": twists}
+
+
+def has(case: dict[str, Any], wanted: tuple[str, ...]) -> bool:
+    """Whether a case, and all that are alike, has ``wanted``: packed, state, decay, mask, causal, full or a dtype."""
+    options = case["options"]
+    there = {
+        "packed": "lengths" in options,
+        "state": options["initial_state"],
+        "decay": options["decay"] is not None,
+        "mask": options["masked"] > 0,
+        "causal": options["causal"],
+        "full": not options["causal"],
+    }
+    return all(there[name] if name in there else case["dtype"] == name for name in wanted)
 
 
 def inputs_of(case: dict[str, Any], device: str) -> dict[str, Any]:
