@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from race_attention import race_attention
 from race_attention.testing import assert_within_budget, make_inputs, oracle
-from tests.helpers import assert_equal_results, by_oracle, evaluate, in_double, whole
+from tests.helpers import assert_equal_results, by_oracle, evaluate, in_double, no_tokens, whole
 
 pytest.importorskip("triton")
 
@@ -60,6 +61,38 @@ def test_shapes_in_runs_of_several_blocks(shape: str, dtype: torch.dtype) -> Non
 @pytest.mark.usefixtures("one_run")
 def test_packed_runs_of_several_blocks(dtype: torch.dtype) -> None:
     _check({"lengths": (41, 0, 1, 35), "decay": "token", "initial_state": True, "dim": 6, "planes": 2}, dtype)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_decay_gradient_where_a_token_sees_hardly_more_than_itself(kv_heads: int) -> None:
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=40, heads=2, kv_heads=kv_heads, dim=20, beta=1.0, decay="token", dtype=FLOAT32,
+        device=DEVICE, seed=3,
+    )  # fmt: skip
+    inputs["log_decay"] = (inputs["log_decay"] * 0.1 - 9).requires_grad_()
+
+    def of_out(given: Any, backend: str) -> Any:  # the gradient of a final state would be the largest part
+        return race_attention(**given, backend=backend), no_tokens(given)
+
+    found = evaluate(of_out, inputs, backend="triton")["gradient of log_decay"]
+    right = evaluate(of_out, in_double(inputs), backend="reference")["gradient of log_decay"]
+    assert_within_budget(found, right, FLOAT32, "backward")
+
+
+@pytest.mark.parametrize(("planes", "tables"), [(6, 1), (2, 2), (8, 1)])
+def test_saturated_hashes(planes: int, tables: int) -> None:
+    """Factors of buckets at either end, which the logarithms of large odds would leave 1e-5 off."""
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=2, heads=6, dim=4, planes=planes, tables=tables, beta=1e4, dtype=FLOAT32,
+        device=DEVICE, seed=3,
+    )  # fmt: skip
+    inputs["key"] = inputs["key"] * 1e4
+    state, right = (
+        attention(**inputs, return_state=True)[1] for attention in (partial(race_attention, backend="triton"), oracle)
+    )
+    for name in ("mass", "value_sum"):
+        found, wanted = getattr(state, name), getattr(right, name)
+        assert (found - wanted).norm() <= 3e-6 * wanted.norm()
 
 
 @pytest.mark.usefixtures("one_run")

@@ -324,6 +324,24 @@ def sides(y, beta, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def factor_logs(odds, LIFT: tl.constexpr, PRECISION: tl.constexpr):
+    """LIFT and the logarithms of f+ and f-, see :func:`sides`, in powers of two.
+
+    What both have in common is the logarithm of up to 2**40, which float32 holds to 2e-6, and the hardware's logarithm
+    to 1e-5: enough for 16 bits. In float32 each is that of its own number below 1.
+    """
+    if PRECISION == "ieee":
+        share = inverse_of(1.0 + odds)
+        log_up = LIFT + log2_of(share * (1.0 - FLOOR) + 0.5 * FLOOR)
+        log_down = LIFT + log2_of(odds * share * (1.0 - FLOOR) + 0.5 * FLOOR)
+    else:
+        base = LIFT - log2_of(1.0 + odds)
+        log_up = log2_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR)) + base
+        log_down = log2_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR) + base
+    return log_up, log_down
+
+
+@triton.jit
 def buckets(
     y, beta, up, down, tile, S: tl.constexpr, SP: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -333,9 +351,7 @@ def buckets(
     The logarithms are at most 14 + LIFT in size: float16 has 11 bits for them, and phi in bfloat16 keeps 8.
     """
     r, rest, odds = sides(y, beta, PRECISION)
-    base = LIFT - log2_of(1.0 + odds)
-    log_up = log2_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR)) + base
-    log_down = log2_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR) + base
+    log_up, log_down = factor_logs(odds, LIFT, PRECISION)
     if PRECISION == "ieee":
         logit = tl.dot(log_up, up, input_precision="ieee") + tl.dot(log_down, down, input_precision="ieee")
     else:

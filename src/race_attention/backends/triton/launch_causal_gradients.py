@@ -171,11 +171,12 @@ def _block_gradients(
 def _query_gradients(
     p: Problem, runs: plan.Runs, before: Tensor, parts: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, grad_out . out [B, H, T], by blocks: the gradient of the mass, and that of beta)."""
+    """(dq, what queries leave for keys [B, H, terms, T], by blocks: the gradient of the mass, and that of beta)."""
     assert p.grad_out is not None
     blocks = _blocks(p, runs)
     dq = torch.empty_like(p.query, memory_format=torch.contiguous_format)
-    deltas = p.new(p.batch, p.heads, p.queries)
+    terms = 2 if p.log_decay is not None and p.shape.precision == "ieee" else 1
+    deltas = p.new(p.batch, p.heads, terms, p.queries)
     masses, of_beta = p.new(blocks.count, p.heads, p.shape.row), p.new(blocks.count, p.heads)
     need_planes = parts[0].numel() > 0
     _, seen, _, hashes = p.kept_rows()

@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 
 from .device import (
-    FLOOR,
     LOG2_E,
     add_dot,
     bfloat16_of,
+    factor_logs,
     float16_of,
     inverse_of,
     load_decay,
-    log2_of,
     operand,
     sides,
     store_rows,
@@ -264,9 +263,7 @@ def buckets_of(
 ):  # fmt: skip
     """phi [C, SP] times 2**(LIFT * P), float32, as :func:`~.device.buckets`."""
     r, rest, odds = sides(y, beta, PRECISION)
-    base = LIFT - log2_of(1.0 + odds)
-    log_up = log2_of(odds * (0.5 * FLOOR) + (1.0 - 0.5 * FLOOR)) + base
-    log_down = log2_of(odds * (1.0 - 0.5 * FLOOR) + 0.5 * FLOOR) + base
+    log_up, log_down = factor_logs(odds, LIFT, PRECISION)
     logs = beside(log_up, log_down, C, N)
     if PRECISION == "ieee":
         logit = tl.dot(logs, corners, input_precision="ieee")
