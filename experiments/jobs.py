@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments import config as configuration
 from experiments.config import check
-from experiments.rows import read_rows
+from experiments.rows import read_rows, rows_named
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def read_queue(path: Path) -> list[Job]:
         methods = list(dict.fromkeys(row.partition("@")[0] for row in rows))
         for seed in entry.get("seeds", [0]):
             for name in entry.get("rows", methods):
-                group = tuple(row for row in rows if name in (row, row.partition("@")[0]))
-                check(bool(group), f"{where}.rows", name, "one of " + ", ".join(rows))
+                group = tuple(rows_named(rows, name, f"{where}.rows"))
                 for chosen in [group] if entry.get("best") else [(row,) for row in group]:
                     jobs.setdefault(
                         (entry["config"], chosen, seed), Job(file, table, chosen, seed, entry.get("seconds"))

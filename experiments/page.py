@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--configs", type=Path, default=Path("experiments/configs"))
     parser.add_argument("--check", action="store_true", help="writes nothing; exit 1 where the page would change")
     given = parser.parse_args(arguments)
-    before = given.page.read_text()
     try:
+        before = given.page.read_text()
         after = rendered(before, given.results, given.configs)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     if given.check and after != before:
         parser.exit(1, f"{given.page}: not what the results say; run python -m experiments.page {given.page}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,23 @@ def read_rows(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, RunC
     return found
 
 
+def rows_named(rows: Mapping[str, RunConfig], name: str, key: str = "--row") -> list[str]:
+    """The rows that a name stands for: itself, or without its ``@`` part a method's whole search.
+
+    Raises:
+        ConfigError: none, with the methods there are.
+    """
+    found = [row for row in rows if name in (row, row.partition("@")[0])]
+    methods = list(dict.fromkeys(row.partition("@")[0] for row in rows))
+    method, _, setting = name.partition("@")
+    close = difflib.get_close_matches(method, methods, n=1)
+    allowed = "one of " + ", ".join(methods) + (f" (did you mean {close[0]!r}?)" if close else "")
+    if setting and method in methods:
+        allowed = "one of " + ", ".join(rows_named(rows, method))
+    check(bool(found), key, name, allowed)
+    return found
+
+
 def _searched(search: Mapping[str, Any]) -> list[dict[str, float]]:
     """Every combination of the values to search."""
     combinations: list[dict[str, float]] = [{}]
@@ -116,3 +134,16 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         inner = result.get(key)
         result[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return result
+
+
+def different(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """What two settings differ in, as ``epochs: 3 there, 1 here``; a field that only one has is of another version."""
+    found = []
+    options = where.endswith("options.")
+    for key in before | now if options else [key for key in before if key in now]:
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += different(one, other, f"{where}{key}.")
+        elif one != other:
+            found.append(f"{where}{key}: {one} there, {other} here")
+    return found

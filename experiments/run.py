@@ -22,11 +22,11 @@ from torch import Tensor
 
 from experiments import checkpoint
 from experiments.baselines.race import RaceMixer
-from experiments.config import ConfigError, check
+from experiments.config import ConfigError
 from experiments.models.blocks import count_parameters
 from experiments.optim import lr_factor, make_adamw, set_lr
 from experiments.report import Bar, machine
-from experiments.rows import RunConfig, read_rows
+from experiments.rows import RunConfig, different, read_rows, rows_named
 from experiments.step import TrainStep
 from experiments.tasks import make_task
 from experiments.train import pick_device
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__)
     parser.add_argument("config", help="a .toml or .json file with [rows.NAME]")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row, for example epochs=1")
-    parser.add_argument("--row", action="append", help="rows to run, in this order; default all")
+    parser.add_argument("--row", action="append", help="rows to run, NAME@lr=0.001, or NAME for all of its search")
     parser.add_argument("--seed", type=int, action="append", help="seeds to run; default 0")
     parser.add_argument("--data-dir", help="folder of local data sets; default the environment variable RACE_DATA_DIR")
     parser.add_argument("--device", default="auto")
@@ -241,8 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     try:
         rows = read_rows(given.config, given.overrides)
-        for row in given.row or rows:
-            check(row in rows, "--row", row, "one of " + ", ".join(rows))
+        chosen = [row for name in given.row for row in rows_named(rows, name)] if given.row else list(rows)
+        for row in dict.fromkeys(chosen):
             for seed in given.seed or [0]:
                 run_one(rows[row], seed, given)
     except (ConfigError, FileNotFoundError) as error:
@@ -252,9 +252,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_one(config: RunConfig, seed: int, given: argparse.Namespace) -> None:
-    """Runs a row with a seed unless its result is there, and says what came of it."""
+    """Runs a row with a seed unless its result is there, and says what came of it.
+
+    Raises:
+        ConfigError: the result that is there has other settings.
+    """
     path = result_path(given.results, config, seed)
     if path.exists() and not given.fresh:
+        other = different(json.loads(path.read_text())["config"], json.loads(json.dumps(dataclasses.asdict(config))))
+        if other:
+            raise ConfigError(
+                f"{path}: there is a result with other settings ({', '.join(other)}); "
+                "keep it and write elsewhere with --results, or replace it with --fresh"
+            )
         print(f"{path}: done before")
         return
     run = Run(config, seed, data_dir=given.data_dir, device=given.device, results=given.results, work=given.work)

@@ -325,10 +325,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.config and "=" in given.config:
         overrides.insert(0, given.config)
         given.config = None
-    data = configuration.override(configuration.read(given.config) if given.config else {}, overrides)
-    if given.data_dir:
-        data["data_dir"] = given.data_dir
     try:
+        data = configuration.override(configuration.read(given.config) if given.config else {}, overrides)
+        if given.data_dir:
+            data["data_dir"] = given.data_dir
         trainer = Trainer(configuration.build(TrainConfig, data))
         result = trainer.run(resume=given.resume, fresh=given.fresh)
     except (ConfigError, FileNotFoundError) as error:

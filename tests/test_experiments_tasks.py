@@ -21,7 +21,7 @@ from experiments.page import main as page_main
 from experiments.page import rendered
 from experiments.recall_plot import curves
 from experiments.recall_plot import main as recall_main
-from experiments.rows import RunConfig, merge, read_rows
+from experiments.rows import RunConfig, merge, read_rows, rows_named
 from experiments.run import OutOfTime, Run, main
 from experiments.table_plot import plot
 from experiments.table_text import markdown
@@ -354,6 +354,18 @@ def test_rows_of_a_file_differ_from_what_they_share(tmp_path):
         read_rows(file)
 
 
+def test_a_name_stands_for_its_search(tmp_path):
+    file = tmp_path / "t.toml"
+    file.write_text('task = "sst2"\nepochs = 1\nsearch = {lr = [0.1, 0.2]}\n[rows.race-2x2]\n[rows.linear]\n')
+    rows = read_rows(file)
+    assert rows_named(rows, "linear") == ["linear@lr=0.1", "linear@lr=0.2"]
+    assert rows_named(rows, "linear@lr=0.2") == ["linear@lr=0.2"]
+    with pytest.raises(ConfigError, match=r"--row: got 'race-3x2', allowed is one of race-2x2, linear \(did you mean"):
+        rows_named(rows, "race-3x2")
+    with pytest.raises(ConfigError, match=r"allowed is one of linear@lr=0.1, linear@lr=0.2$"):
+        rows_named(rows, "linear@lr=0.3")
+
+
 def test_command_lines(data, tmp_path, capsys):
     file = tmp_path / "t.toml"
     file.write_text(
@@ -365,6 +377,13 @@ def test_command_lines(data, tmp_path, capsys):
     main([str(file), *common, *work, "--seed", "0", "--seed", "1"])
     main([str(file), *common, *work, "--row", "softmax", "epochs=1"])  # overrides may come last
     assert "softmax/seed-0.json: done before" in capsys.readouterr().out
+    for changes, said in {
+        "epochs=2": "(epochs: 1.0 there, 2.0 here); keep it",
+        "model.mixer_options.rope=100.0": "(model.mixer_options.rope: None there, 100.0 here)",
+    }.items():
+        with pytest.raises(SystemExit):
+            main([str(file), *common, *work, "--row", "softmax", changes])
+        assert said in capsys.readouterr().err
     (tmp_path / "res/t/paper.json").write_text('{"softmax": 82.1}')
     tables_main(["--results", str(tmp_path / "res"), "--plots", str(tmp_path / "plots")])
     shown = capsys.readouterr().out
