@@ -169,11 +169,11 @@ class Batch:
         self.single.add(job)
 
     def _next_group(self, last: Job | None) -> list[Job]:
-        """The next job, and others of its method beside it, as many as there would be time for one after another."""
+        """The next job, and others of its method beside it while there is time: each takes half as long again."""
         first = self._next(last)
         if first is None:
             return []
-        room = min(self.together, int((self.end - time.monotonic()) / self._needed(first)))
+        room = min(self.together, int(2 * (self.end - time.monotonic()) / self._needed(first)) - 1)
         if room < 2 or not self._shares(first):
             return [first]
         fitting = [job for job in self.waiting if job.method == first.method and self._fits(job) and self._shares(job)]

@@ -136,7 +136,7 @@ def test_runs_of_a_method_train_together_as_each_would_alone(queue, tmp_path):
         "t/linear@lr=0.01/0",
         "t/linear@lr=0.001/1",
     ]
-    batch.end = time.monotonic() + 50  # for one of the 30 seconds that are thought of
+    batch.end = time.monotonic() + 40  # for one of the 30 seconds that are thought of
     assert len(batch._next_group(None)) == 1
     batch.end = time.monotonic() + 600
     assert batch.run(jobs) == (4, 0)
