@@ -5,7 +5,9 @@
 
 Writes a result file: of each tool and case how it ended, the tool's summary and reports, at which commit, and the
 kernels that ran.
-initcheck knows nothing of memory that torch's caching allocator gives out again, so that allocator is off there.
+initcheck knows nothing of memory that torch's caching allocator gives out again, so that allocator is off there. In a
+process that then goes on to another dtype the tool names reads of memory that was freed and allocated again, another
+each time, inputs among them that were copied there whole: so each dtype has a process of its own.
 Exit status 1 where something was reported, or did not end. Kernels are compiled before, without a tool.
 """
 
@@ -170,9 +172,14 @@ Job = tuple[str | None, str, tuple[str, ...]]
 def jobs_of(tools: list[str], cases: list[str], dtypes: tuple[str, ...]) -> list[Job]:
     """Tool, case and dtypes of each process; the slowest first."""
     apart = [name for name in SLOW if name in cases and "racecheck" in tools]
-    slow: list[Job] = [("racecheck", name, (dtype,)) for name in apart for dtype in reversed(dtypes)]
-    rest = [(tool, name) for tool in tools for name in cases]
-    return slow + [(tool, name, dtypes) for tool, name in rest if tool != "racecheck" or name not in apart]
+    jobs: list[Job] = [("racecheck", name, (dtype,)) for name in apart for dtype in reversed(dtypes)]
+    for tool in tools:
+        for name in cases:
+            if tool == "initcheck":
+                jobs += [(tool, name, (dtype,)) for dtype in dtypes]
+            elif tool != "racecheck" or name not in apart:
+                jobs.append((tool, name, dtypes))
+    return jobs
 
 
 def key_of(tool: str | None, case: str, dtypes: tuple[str, ...]) -> tuple[str | None, str, tuple[str, ...]]:

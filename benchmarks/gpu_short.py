@@ -5,6 +5,7 @@ A host's speed changes from second to second, where others share it: what is com
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -47,11 +48,11 @@ def _crossover(report: Report, rounds: int, calls: int, heads: int, tokens: int,
     for step in steps.values():
         timed(step, 6)
     found: dict[Any, list[list[float]]] = {name: [] for name in steps}
-    order = list(steps)
+    order, chance = list(steps), random.Random(0)
     for _ in range(rounds):
+        chance.shuffle(order)  # what a call leaves behind on the host slows the one after it
         for name in order:
             found[name].append(timed(steps[name], calls))
-        order.append(order.pop(0))
     medians = {name: [statistics.median(times) for times in rows] for name, rows in found.items()}
     for name, times in found.items():
         quartiles = statistics.quantiles([x for some in times for x in some], n=4)
