@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import add_dot, add_fine_dot, anew, as_given_dot, bfloat16_of, operand, run_bounds, whole_rows
+from .device import add_by_tokens, add_dot, anew, as_given_dot, operand, run_bounds, whole_rows
 from .narrow import (
     block_decay,
     chunk_at,
@@ -271,12 +271,5 @@ def planes_kernel(
         rows = rows_at(x, xt, t, here, C, D, DP, ALIGNED)
         at = (grad_hashes + t * YW) + (c[:, None] * YW + n[None, :])
         grad_y = tl.load(at, mask=here[:, None] & (n < YW)[None, :], other=0.0)
-        idle = tl.sum(tl.abs(grad_y), 1) == 0  # as a masked key is, which may hold NaN
-        rows = tl.where(idle[:, None], 0.0, rows)
-        rows = tl.trans(rows)
-        high = operand(grad_y, PRECISION)  # and a low part: rounded, terms that cancel to a third were 1e-2 off
-        planes_sum = add_fine_dot(planes_sum, rows, high, rows.dtype == tl.float16, PRECISION)
-        if PRECISION == "bf16":
-            low = bfloat16_of(grad_y - high.to(tl.float32))
-            planes_sum = add_dot(planes_sum, operand(rows, PRECISION), low, PRECISION)
+        planes_sum = add_by_tokens(planes_sum, rows, grad_y, PRECISION)
     store_hash_gradient(planes_parts, run.to(tl.int64) * G + head, planes_sum, N, D, DP, ROWS)

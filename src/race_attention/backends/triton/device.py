@@ -232,6 +232,22 @@ def add_fine_dot(total, a, b, FINE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_by_tokens(total, rows, grad_y, PRECISION: tl.constexpr):
+    """total [DP, N] and the tokens' rows [C, DP] by the gradients of their projections [C, N], float32.
+
+    With all digits of both, in two parts of bfloat16: of rounded ones, terms that cancel to a third were 1e-2 off.
+    Rows of which nothing is asked, as of masked keys, may hold NaN.
+    """
+    idle = tl.sum(tl.abs(grad_y), 1) == 0
+    rows = tl.trans(tl.where(idle[:, None], 0.0, rows))
+    high = operand(grad_y, PRECISION)
+    total = add_fine_dot(total, rows, high, rows.dtype == tl.float16, PRECISION)
+    if PRECISION == "bf16":
+        total = add_dot(total, operand(rows, PRECISION), bfloat16_of(grad_y - high.to(tl.float32)), PRECISION)
+    return total
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x, and 0 where x is 0: a query that sees no key, or too little for a normal number. NaN stays NaN."""
     nothing = x < 1.1754943508222875e-38

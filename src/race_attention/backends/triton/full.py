@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .device import (
+    add_by_tokens,
     bfloat16_of,
     bucket_gradients,
     buckets,
@@ -202,14 +203,13 @@ def query_gradient_kernel(
         grad_phi = (grad_phi - delta[:, None] * mass[None, :]) * inverse[:, None]
         grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
         beta_sum += grad_beta
-        grad_y = operand(grad_y, PRECISION)
-        dq = dot(grad_y, operand(w, PRECISION), PRECISION)
+        dq = dot(operand(grad_y, PRECISION), operand(w, PRECISION), PRECISION)
         store_rows(grad_query, H * D, t, t + c < end, dq, C, D, DP)
         seen = phi * inverse[:, None]
         grad_sum += _transposed_dot(do, seen, FINE, PRECISION)
         grad_mass -= _weights(seen, FINE, PRECISION) * delta[:, None]
         if NEED_PLANES:
-            planes_sum += dot(tl.trans(operand(q, PRECISION)), grad_y, PRECISION)
+            planes_sum = add_by_tokens(planes_sum, q, grad_y, PRECISION)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
     of_mass = tl.sum(grad_mass, 0) - tl.sum(grad_sum * mean[:, None], 0)
     store_state(adjoints + program * (S * (V + 1)), 0, grad_sum, of_mass, S, SP, V, VP)
@@ -259,10 +259,10 @@ def key_gradient_kernel(
         grad_phi = fine_dot(v, grad_sum, PRECISION) + grad_mass[None, :]
         grad_y, grad_beta = bucket_gradients(grad_phi * phi, y, b, up, down, PRECISION)
         beta_sum += grad_beta
-        grad_y = operand(grad_y, PRECISION)
-        store_rows(grad_key, G * D, t, t + c < end, dot(grad_y, operand(w, PRECISION), PRECISION), C, D, DP)
+        dk = dot(operand(grad_y, PRECISION), operand(w, PRECISION), PRECISION)
+        store_rows(grad_key, G * D, t, t + c < end, dk, C, D, DP)
         if NEED_PLANES:
-            planes_sum += dot(tl.trans(operand(k, PRECISION)), grad_y, PRECISION)
+            planes_sum = add_by_tokens(planes_sum, k, grad_y, PRECISION)
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
     if NEED_PLANES:
         store_planes(planes_parts, program, planes_sum, N, D, DP)

@@ -125,7 +125,7 @@ def query_gradient_kernel(
         dq += unhashed(of_y, w, C, N, PRECISION)
         beta_sum += of_beta
         if NEED_PLANES:
-            store_grad_y(grad_y + first // GB * N, H * (GROUPS * N), queries, of_y, C, N, PRECISION)
+            store_grad_y(grad_y + first // GB * N, H * (GROUPS * N), queries, of_y, C, N)
     store_rows(grad_query + (batch * T * H + head) * D, H * D, t, queries, dq, C, D, DP)
     program = (tl.program_id(0) // H).to(tl.int64) * H + head
     tl.store(beta_parts + program, tl.sum(tl.sum(beta_sum, 1), 0))
@@ -179,7 +179,7 @@ def key_gradient_kernel(
         dk += unhashed(of_y, w, C, N, PRECISION)
         beta_sum += of_beta
         if NEED_PLANES:
-            store_grad_y(grad_y + first // GB * N, G * (GROUPS * N), keys, of_y, C, N, PRECISION)
+            store_grad_y(grad_y + first // GB * N, G * (GROUPS * N), keys, of_y, C, N)
     store_rows(grad_key + (batch * T * G + group) * D, G * D, t, keys, dk, C, D, DP)
     store_rows(grad_value + (batch * T * G + group) * V, G * V, t, keys, dv, C, V, VP)
     program = (tl.program_id(0) // G).to(tl.int64) * G + group

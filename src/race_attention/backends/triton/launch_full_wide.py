@@ -153,8 +153,7 @@ def _grad_y(p: Problem, x: Tensor, options: dict[str, Any], wanted: bool) -> Ten
     if not wanted:
         return x
     width = -(-p.shape.buckets // options["GB"]) * options["N"]
-    dtype = torch.bfloat16 if p.shape.precision == "bf16" else torch.float32
-    return x.new_empty(x.shape[0] * x.shape[1], x.shape[2], width, dtype=dtype)
+    return p.new(x.shape[0] * x.shape[1], x.shape[2], width)
 
 
 def _parameters(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from .device import (
+    add_by_tokens,
     add_dot,
     bucket_gradients,
     buckets,
@@ -332,12 +333,11 @@ def feature_gradients_kernel(
             at = grad_phi + ((line + t - start) * H + head) * SW
             d_phi = load_columns(at, H * SW, 0, inside, tile * SP, SW, C, SP, True).to(tl.float32)
             grad_y, grad_beta = bucket_gradients(d_phi * phi, y, b, up, down, PRECISION)
-            grad_y = operand(grad_y, PRECISION)
             if OF_PLANES:
-                planes_sum = add_dot(planes_sum, tl.trans(operand(rows, PRECISION)), grad_y, PRECISION)
+                planes_sum = add_by_tokens(planes_sum, rows, grad_y, PRECISION)
             else:
                 beta_sum += grad_beta
-                dx = add_dot(dx, grad_y, operand(w, PRECISION), PRECISION)
+                dx = add_dot(dx, operand(grad_y, PRECISION), operand(w, PRECISION), PRECISION)
         if not OF_PLANES:
             store_rows(grad_x, H * D, t, t + c < end, dx, C, D, DP)
     if OF_PLANES:

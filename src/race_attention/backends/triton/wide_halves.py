@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .device import (
+    add_by_tokens,
     add_dot,
     bfloat16_of,
     dot,
@@ -113,9 +114,9 @@ def projection_gradients(of_logs, y, b, C: tl.constexpr, N: tl.constexpr, PRECIS
 
 
 @triton.jit
-def store_grad_y(base, stride, here, of_y, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+def store_grad_y(base, stride, here, of_y, C: tl.constexpr, N: tl.constexpr):
     at = base + (tl.arange(0, C) * stride.to(tl.int32))[:, None] + tl.arange(0, N)[None, :]
-    tl.store(at, operand(of_y, PRECISION), mask=here[:, None])
+    tl.store(at, of_y, mask=here[:, None])
 
 
 # -------------------------------------------------------------------------------------------- gradients
@@ -205,7 +206,7 @@ def query_gradient_kernel(
     of_y, of_beta = projection_gradients(of_logs, y, b, C, N, PRECISION)
     store_rows(grad_query + (batch * T * H + head) * D, H * D, t, queries, unhashed(of_y, w, C, N, PRECISION), C, D, DP)
     if NEED_PLANES:
-        store_grad_y(grad_y + ((line + t - start) * H + head) * N, H * N, queries, of_y, C, N, PRECISION)
+        store_grad_y(grad_y + ((line + t - start) * H + head) * N, H * N, queries, of_y, C, N)
     tl.store(beta_parts + program, tl.sum(tl.sum(of_beta, 1), 0))
 
 
@@ -307,7 +308,7 @@ def key_gradient_kernel(
     of_y, of_beta = projection_gradients(of_logs, y, b, C, N, PRECISION)
     store_rows(grad_key + (batch * T * G + group) * D, G * D, t, keys, unhashed(of_y, w, C, N, PRECISION), C, D, DP)
     if NEED_PLANES:
-        store_grad_y(grad_y + ((line + t - start) * G + group) * N, G * N, keys, of_y, C, N, PRECISION)
+        store_grad_y(grad_y + ((line + t - start) * G + group) * N, G * N, keys, of_y, C, N)
     tl.store(beta_parts + program, tl.sum(tl.sum(of_beta, 1), 0))
 
 
@@ -338,7 +339,7 @@ def planes_kernel(
         rows = load_rows(x, xt, t, here, C, D, DP, ALIGNED)
         at = ((line + t - start + c) * H + head) * (GROUPS * N) + tl.program_id(1) * N
         of_y = tl.load(grad_y + at[:, None] + n[None, :], mask=here[:, None], other=0.0)
-        total = add_dot(total, tl.trans(operand(rows, PRECISION)), of_y, PRECISION)
+        total = add_by_tokens(total, rows, of_y, PRECISION)
     own = tl.program_id(1) * (GB >> P) + n // P
     tables: tl.constexpr = max(SP >> P, 1)
     place_of = own // tables * max((1 << P) // SP, 1) * ROWS + own % tables * P + n % P

@@ -284,8 +284,7 @@ class Segment:
         return of_key
 
     def _new_grad_y(self, heads: int, planes: int) -> Tensor:
-        dtype = torch.bfloat16 if self.p.shape.precision == "bf16" else torch.float32
-        return self.p.query.new_empty(self.lines, heads, planes, dtype=dtype)
+        return self.p.new(self.lines, heads, planes)
 
     def _by_halves(self, config: tuple[int, ...], heads: int) -> tuple[Tensor, dict[str, Any]]:
         """(room for the blocks' parts of beta's gradient, [runs * blocks, heads], the options of the kernels)."""
