@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .device import (
+    LOG2_E,
     add_dot,
     keys_inside,
     load_decay,
@@ -138,25 +139,56 @@ def load_between(
 
 
 @triton.jit
-def load_ages(ages, lines, G, group, line, inside, C: tl.constexpr):
-    """Sums of log_decay from the beginning of the sub-run to each token, [C] twice: whole parts, and the rest."""
-    at = ages + (line + tl.arange(0, C)) * G + group
+def load_ages(ages, lines, G, group, line, inside, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of log_decay from the beginning of the sub-run to each token, [C] twice: whole parts, and the rest.
+
+    In bfloat16 one sum does, of powers of two, and is given twice: see :func:`decay_kernel`.
+    """
+    at = (ages + group * lines + line) + tl.arange(0, C)
     whole = tl.load(at, mask=inside, other=0.0)
-    return whole, tl.load(at + lines * G, mask=inside, other=0.0)
+    if PRECISION == "bf16":
+        return whole, whole
+    else:
+        return whole, tl.load(at + lines * G, mask=inside, other=0.0)
 
 
 @triton.jit
-def load_age(ages, lines, G, group, line, inside):
+def load_age(ages, lines, G, group, line, inside, PRECISION: tl.constexpr):
     """The same of one token, and 0 where it is not ``inside``."""
-    at = ages + line * G + group
-    return tl.load(at, mask=inside, other=0.0), tl.load(at + lines * G, mask=inside, other=0.0)
+    at = ages + group * lines + line
+    whole = tl.load(at, mask=inside, other=0.0)
+    if PRECISION == "bf16":
+        return whole, whole
+    else:
+        return whole, tl.load(at + lines * G, mask=inside, other=0.0)
 
 
 @triton.jit
-def weights(past, later_whole, later_part, whole, part):
-    """exp of the log decay between a later and an earlier token where ``past``, else 0."""
-    age = (later_whole - whole) + (later_part - part)
-    return tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
+def kept_since(whole, part, PRECISION: tl.constexpr):
+    """What is left at a token of what was there at the beginning of its sub-run."""
+    if PRECISION == "bf16":
+        return tl.exp2(whole)
+    else:
+        return tl.exp(whole + part)
+
+
+@triton.jit
+def kept_between(later_whole, later_part, whole, part, here, PRECISION: tl.constexpr):
+    """What is left at a later token of an earlier one, and 1 where not ``here``."""
+    if PRECISION == "bf16":
+        return tl.exp2(tl.where(here, later_whole - whole, 0.0))
+    else:
+        return tl.exp(tl.where(here, (later_whole - whole) + (later_part - part), 0.0))
+
+
+@triton.jit
+def weights(past, later_whole, later_part, whole, part, PRECISION: tl.constexpr):
+    """What is left at a later token of an earlier one where ``past``, else 0."""
+    if PRECISION == "bf16":
+        return tl.exp2(tl.where(past, later_whole - whole, -1000.0))
+    else:
+        age = (later_whole - whole) + (later_part - part)
+        return tl.where(past, tl.exp(tl.where(past, age, 0.0)), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- decay
@@ -166,12 +198,14 @@ def weights(past, later_whole, later_part, whole, part):
 def decay_kernel(
     log_decay, table, ages, boundaries, totals, gb: tl.int64, gt: tl.int64, gh: tl.int64,
     first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64,
-    C: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Sums of log_decay of a run (programs: runs * G).
 
     To each token from the beginning of its sub-run, as :func:`load_ages` reads them; to each slot from that of the
-    run, [slots, G] float64; of all, [runs, G] float64.
+    run, [slots, G] float64; of all, [runs, G] float64. In bfloat16 the first are plain sums, in powers of two: a token
+    that forgets more than a float32 can tell counts as 88, so that they stay below 2**15 and their differences good to
+    2**-9 at the very worst.
     """
     run = first + tl.program_id(0) // G
     group = tl.program_id(0) % G
@@ -188,13 +222,19 @@ def decay_kernel(
             if t > start:
                 tl.store(boundaries + ((line + t - start) // SUB + run - first) * G + group, so_far)
         whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
-        at = ages + (line + t - start + c) * G + group
-        tl.store(at, whole_before + whole, mask=t + c < end)
-        tl.store(at + lines * G, part_before + part, mask=t + c < end)
+        at = (ages + group * lines + line + t - start) + c
+        if PRECISION == "bf16":
+            x = tl.load(log_decay + (t + c) * gt, mask=t + c < end, other=0.0).to(tl.float32)
+            x = tl.maximum(x, -88.0) * LOG2_E
+            tl.store(at, whole_before + tl.cumsum(x, 0), mask=t + c < end)
+            whole_before += tl.sum(x, 0)
+        else:
+            tl.store(at, whole_before + whole, mask=t + c < end)
+            tl.store(at + lines * G, part_before + part, mask=t + c < end)
+            carried = tl.floor(part_before + all_part + 0.5)
+            whole_before += all_whole + carried
+            part_before += all_part - carried
         so_far += all_whole.to(tl.float64) + all_part.to(tl.float64)
-        carried = tl.floor(part_before + all_part + 0.5)
-        whole_before += all_whole + carried
-        part_before += all_part - carried
     tl.store(totals + run * G + group, so_far)
 
 
@@ -268,10 +308,11 @@ def accumulate_kernel(
                 tl.store(to + ((c * (H * FW).to(tl.int32))[:, None] + s[None, :]), operand(phi, PRECISION),
                          mask=(t + c < end)[:, None])  # fmt: skip
         if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + t - start, t + c < end, C)
-            end_whole, end_part = load_age(ages, lines, G, group, line + tl.minimum(t + C, end) - 1 - start, True)
-            new_whole, new_part = load_age(ages, lines, G, group, line + t - 1 - start, (t - start) % SUB != 0)
-            kept = tl.exp((end_whole - new_whole) + (end_part - new_part))
+            whole, part = load_ages(ages, lines, G, group, line + t - start, t + c < end, C, PRECISION)
+            last_line, goes_on = line + tl.minimum(t + C, end) - 1 - start, (t - start) % SUB != 0
+            end_whole, end_part = load_age(ages, lines, G, group, last_line, True, PRECISION)
+            new_whole, new_part = load_age(ages, lines, G, group, line + t - 1 - start, goes_on, PRECISION)
+            kept = kept_between(end_whole, end_part, new_whole, new_part, True, PRECISION)
             if SHARE > 1:
                 kept = tl.where(i % SHARE == 0, kept, 1.0)
             value_sum *= kept
@@ -281,15 +322,15 @@ def accumulate_kernel(
             delta = tl.load(deltas + at, mask=t + c < end, other=0.0)
             weight = tl.load(inverses + at, mask=t + c < end, other=0.0)
             if HAS_DECAY:
-                age = (whole - new_whole) + (part - new_part)
-                weight *= tl.exp(tl.where(t + c < end, age, 0.0))  # past the end it would grow
+                # past the end it would grow
+                weight *= kept_between(whole, part, new_whole, new_part, t + c < end, PRECISION)
             phi = operand(phi * weight[:, None], PRECISION)
             high = operand(-delta, PRECISION).to(tl.float32)
             of_mass = tl.where(column == 0, high[:, None], tl.where(column == 1, (-delta - high)[:, None], 0.0))
             masses = add_dot(masses, tl.trans(phi), operand(of_mass, PRECISION), PRECISION)
         else:
             if HAS_DECAY:
-                phi *= tl.exp((end_whole - whole) + (end_part - part))[:, None]
+                phi *= kept_between(end_whole, end_part, whole, part, True, PRECISION)[:, None]
             phi = operand(phi, PRECISION)
             masses = add_dot(masses, tl.trans(phi), ones, PRECISION)
         value_sum = add_dot(value_sum, tl.trans(phi), operand(of_rows, PRECISION), PRECISION)
@@ -420,7 +461,7 @@ def readout_kernel(
     queries = t + c < end
     sub, slot = before_sub_run(t, start, line, run, first, SUB, G, group)
     if HAS_DECAY:
-        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
+        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C, PRECISION)
 
     numerator = tl.zeros([C, VB], tl.float32)
     denominator = tl.zeros([C], tl.float32)
@@ -443,7 +484,7 @@ def readout_kernel(
                 S, GB, SB, SW, HALVES, PRECISION,
             )  # fmt: skip
     if HAS_DECAY:
-        since = tl.exp(q_whole + q_part)
+        since = kept_since(q_whole, q_part, PRECISION)
         numerator *= since[:, None]
         denominator *= since
 
@@ -466,8 +507,8 @@ def readout_kernel(
         rows = load_columns(value, vt, u, inside, column, V, CK, VB, ALIGNED)
         past = (t + c)[:, None] >= j[None, :]
         if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK)
-            score *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :])
+            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK, PRECISION)
+            score *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :], PRECISION)
         score = operand(tl.where(past, score, 0.0), PRECISION)
         numerator = add_dot(numerator, score, operand(rows, PRECISION), PRECISION)
         denominator += tl.sum(score.to(tl.float32), 1)

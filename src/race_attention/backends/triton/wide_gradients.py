@@ -37,6 +37,8 @@ from .wide import (
     block_of,
     kept_after,
     kept_before,
+    kept_between,
+    kept_since,
     kernel,
     load_age,
     load_ages,
@@ -82,8 +84,8 @@ def value_gradient_kernel(
     state = after + (run * G + group) * (S * (V + 1))
     kept = kept_after(boundaries, totals + run * G + group, slot, has_local, HAS_DECAY)
     if HAS_DECAY:
-        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
-        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
+        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C, PRECISION)
+        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True, PRECISION)
 
     dv = tl.zeros([C, VB], tl.float32)
     of_mass = tl.zeros([C], tl.float32)
@@ -101,7 +103,7 @@ def value_gradient_kernel(
                                                at + tl.arange(0, SB), v, S, V)  # fmt: skip
             dv = add_dot(dv, k, operand(grad_sum, PRECISION), PRECISION)
     if HAS_DECAY:
-        left = tl.exp((end_whole - k_whole) + (end_part - k_part))
+        left = kept_between(end_whole, end_part, k_whole, k_part, True, PRECISION)
         dv *= left[:, None]
         of_mass *= left
 
@@ -129,8 +131,8 @@ def value_gradient_kernel(
         past = ((t + c)[:, None] <= i[None, :]) & queries[None, :]  # past the end a decay would grow
         score *= inverse[None, :]
         if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
-            score *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
+            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK, PRECISION)
+            score *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None], PRECISION)
         score = operand(tl.where(past, score, 0.0), PRECISION)
         dv = add_dot(dv, score, operand(rows, PRECISION), PRECISION)
         if HAS_DECAY:
@@ -191,7 +193,7 @@ def query_buckets_gradient_kernel(
         tl.store(deltas + query_at, delta, mask=queries)
     kept = kept_before(boundaries, slot, sub > start, HAS_DECAY)
     if HAS_DECAY:
-        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
+        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C, PRECISION)
     d_phi = tl.zeros([C, SB], tl.float32)
     for at in tl.range(0, VP, FEW, num_stages=1):
         some = operand(load_columns(grad_out, ot, t, queries, at, V, C, FEW, ALIGNED), PRECISION)
@@ -200,7 +202,7 @@ def query_buckets_gradient_kernel(
         d_phi += fine_dot(some, tl.trans(value_sum), PRECISION)
         d_phi -= tl.where(at == 0, delta, 0.0)[:, None] * mass[None, :]
     if HAS_DECAY:
-        d_phi *= (tl.exp(q_whole + q_part) * inverse)[:, None]
+        d_phi *= (kept_since(q_whole, q_part, PRECISION) * inverse)[:, None]
     else:
         d_phi *= inverse[:, None]
     for u in range(sub, tl.minimum(t + C, end), CK):
@@ -212,8 +214,8 @@ def query_buckets_gradient_kernel(
         along = (along - delta[:, None]) * inverse[:, None]
         past = (t + c)[:, None] >= j[None, :]
         if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK)
-            along *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :])
+            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK, PRECISION)
+            along *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :], PRECISION)
         along = operand(tl.where(past, along, 0.0), PRECISION)
         d_phi = add_dot(d_phi, along, k, PRECISION)
     to = grad_phi + ((line + t - start) * H + head) * SW
@@ -254,8 +256,8 @@ def key_buckets_gradient_kernel(
     inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
     kept = kept_after(boundaries, totals + run * G + group, slot, has_local, HAS_DECAY)
     if HAS_DECAY:
-        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
-        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
+        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C, PRECISION)
+        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True, PRECISION)
     d_phi = tl.zeros([C, SB], tl.float32)
     for at in tl.range(0, VP, FEW, num_stages=1):
         some = operand(load_columns(value, vt, t, inside, at, V, C, FEW, ALIGNED), PRECISION)
@@ -264,7 +266,7 @@ def key_buckets_gradient_kernel(
         d_phi += fine_dot(some, tl.trans(grad_sum), PRECISION)
         d_phi += tl.where(at == 0, grad_mass, 0.0)[None, :]
     if HAS_DECAY:
-        d_phi *= tl.exp((end_whole - k_whole) + (end_part - k_part))[:, None]
+        d_phi *= kept_between(end_whole, end_part, k_whole, k_part, True, PRECISION)[:, None]
     rows = operand(load_columns(value, vt, t, inside, 0, V, C, VP, ALIGNED), PRECISION)
     for n in range(0, (sub_end - t + CK - 1) // CK * SHARE):
         u = t + n // SHARE * CK
@@ -281,8 +283,8 @@ def key_buckets_gradient_kernel(
         along = (along - delta[None, :]) * inverse[None, :]
         past = ((t + c)[:, None] <= i[None, :]) & queries[None, :]  # past the end a decay would grow
         if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
-            along *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
+            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK, PRECISION)
+            along *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None], PRECISION)
         along = operand(tl.where(past, along, 0.0), PRECISION)
         d_phi = add_dot(d_phi, along, q, PRECISION)
     to = grad_phi + ((line + t - start) * G + group) * SW

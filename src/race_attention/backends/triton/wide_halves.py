@@ -39,6 +39,8 @@ from .wide import (
     block_of,
     kept_after,
     kept_before,
+    kept_between,
+    kept_since,
     kernel,
     load_age,
     load_ages,
@@ -171,8 +173,8 @@ def query_gradient_kernel(
     inverse = scale
     kept = kept_before(boundaries, slot, sub > start, HAS_DECAY)
     if HAS_DECAY:
-        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C)
-        scale *= tl.exp(q_whole + q_part)
+        q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C, PRECISION)
+        scale *= kept_since(q_whole, q_part, PRECISION)
 
     w = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
     y = hashed(load_rows(query, qt, t, queries, C, D, DP, ALIGNED), w, C, N, PRECISION)
@@ -196,8 +198,8 @@ def query_gradient_kernel(
         along = (along - delta[:, None]) * inverse[:, None]
         past = (t + c)[:, None] >= j[None, :]
         if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK)
-            along *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :])
+            whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK, PRECISION)
+            along *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :], PRECISION)
         along = tl.where(past, along, 0.0)
         of_k = features_k + (u - start) * (G * FW)
         score, grads = compared(halves, grads, along, of_k, G * FW, j < end, C, CK, L, HW, PRECISION)
@@ -250,9 +252,9 @@ def key_gradient_kernel(
     kept = kept_after(boundaries, totals + run * G + group, slot, has_local, HAS_DECAY)
     left = tl.full([C], 1.0, tl.float32)
     if HAS_DECAY:
-        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C)
-        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True)
-        left = tl.exp((end_whole - k_whole) + (end_part - k_part))
+        k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C, PRECISION)
+        end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True, PRECISION)
+        left = kept_between(end_whole, end_part, k_whole, k_part, True, PRECISION)
 
     w = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
     y = hashed(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), w, C, N, PRECISION)
@@ -289,8 +291,8 @@ def key_gradient_kernel(
         past = ((t + c)[:, None] <= i[None, :]) & queries[None, :]  # past the end a decay would grow
         weight = tl.where(past, inverse[None, :], 0.0)
         if HAS_DECAY:
-            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK)
-            weight *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None])
+            whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK, PRECISION)
+            weight *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None], PRECISION)
         along = (dot(rows, tl.trans(do), PRECISION) - delta[None, :]) * weight
         of_q = features_q + ((line + u - start) * H + head) * FW
         score, grads = compared(halves, grads, along, of_q, H * FW, queries, C, CK, L, HW, PRECISION)

@@ -109,15 +109,16 @@ class Segment:
 
     @cached_property
     def decay(self) -> tuple[Tensor, Tensor]:
-        """(ages [2, lines, G], log decay before each slot [slots, G]); fills the segment's part of ``totals``."""
+        """(ages [2, G, lines], log decay before each slot [slots, G]); fills the segment's part of ``totals``."""
         p = self.p
         if p.log_decay is None:
             return p.beta, p.beta
-        ages, boundaries = p.new(2, self.lines, p.groups), p.new(self.slots, p.groups, dtype=torch.float64)
+        ages, boundaries = p.new(2, p.groups, self.lines), p.new(self.slots, p.groups, dtype=torch.float64)
         start(
             wide.decay_kernel, (self.count * p.groups,),
             p.log_decay, self.table, ages, boundaries, self.totals, *p.decay_strides, self.first, self.lines,
-            *self._lengths, C=min(64, plan.SUB_RUN), PACKED=p.bounds is not None, num_warps=2,
+            *self._lengths, C=min(64, plan.SUB_RUN), PRECISION=p.shape.precision, PACKED=p.bounds is not None,
+            num_warps=2,
         )  # fmt: skip
         return ages, boundaries
 
