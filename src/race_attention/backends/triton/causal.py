@@ -118,9 +118,12 @@ def key_states_kernel(
         if CH > 0 and (KEEP or HAS_DECAY):
             if t % CH == 0:
                 if KEEP:
-                    store_chunk(
-                        inner, marks, place, sums, mass_of(mass, TILED, PRODUCTS), so_far, S, SP, SW, V, VP, PRECISION
-                    )
+                    mass_now = mass_of(mass, TILED, PRODUCTS)
+                    if HAS_DECAY or HAS_MASK:
+                        weight = tl.sum(mass_now, 0)
+                    else:
+                        weight = t * (L * 2.0 ** (LIFT * P))  # the buckets of a table are one, lifted
+                    store_chunk(inner, marks, place, sums, mass_now, weight, so_far, S, SP, SW, V, VP, PRECISION)
                     place += G
                 if HAS_DECAY:
                     in_chunk = tl.zeros([], tl.float32)

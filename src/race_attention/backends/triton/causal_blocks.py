@@ -95,13 +95,13 @@ def block_gradient_kernel(
     marks += place * (SW + 8 + VP)
     of_chunk = tl.load(marks + s, mask=s < SW, other=0.0)
     mass += of_chunk
+    mean = tl.load(marks + (SW + 8) + tl.arange(0, VP))
+    of_mean = tl.sum(do.to(tl.float32) * mean[None, :], 1)
     along = as_given_dot(do, tl.trans(v), PRECISION)  # grad_out_i . v_j
     score = tl.where(past, dot(seen, tl.trans(phi_k), PRECISION), 0.0)
     grad_phi = by_parts(
         operand(do, PRECISION), before_parts + parts, inner + place * (V * SW), 1.0, V, VP, SP, SW, C, False
     )
-    mean = tl.load(marks + (SW + 8) + tl.arange(0, VP))
-    of_mean = tl.sum(do.to(tl.float32) * mean[None, :], 1)
     grad_phi += of_mean[:, None] * of_chunk[None, :]
     seen_now = seen.to(tl.float32)
     if SP == C:  # one sum of each in place of two

@@ -246,6 +246,7 @@ def query_gradient_kernel(
         sums = load_sums(state, 0, S, SP, V, VP, TALL)
     if CH > 0:
         marks += (place * G + group) * (SW + 8 + VP)
+        of_chunk = tl.load(marks + s, mask=s < SW, other=0.0)
         mean = tl.load(marks + (SW + 8) + tl.arange(0, VP))
         inner += (place * G + group) * (V * SW)
         if HAS_DECAY:
@@ -255,9 +256,8 @@ def query_gradient_kernel(
             if HAS_DECAY:
                 sums *= kept
             sums += load_inner(inner, V, VP, SP, SW, TALL)
-            of_chunk = tl.load(marks + s, mask=s < SW, other=0.0)
             sums += of_chunk[:, None] * mean[None, :] if TALL else mean[:, None] * of_chunk[None, :]
-        mass += tl.load(marks + s, mask=s < SW, other=0.0)
+        mass += of_chunk
     if CH > C:  # the blocks between the chunk's first token and this one
         faded = tl.full([], 0.0, tl.float32)
         if HAS_DECAY:
@@ -298,7 +298,7 @@ def query_gradient_kernel(
             parts = before_parts + (run.to(tl.int64) * G + group) * (2 * V * SW)
             grad_phi = by_parts(do, parts, inner, kept, V, VP, SP, SW, C, HAS_DECAY)
             of_mean = tl.sum(do.to(tl.float32) * mean[None, :], 1)
-            grad_phi += of_mean[:, None] * tl.load(marks + s, mask=s < SW, other=0.0)[None, :]
+            grad_phi += of_mean[:, None] * of_chunk[None, :]
             if CH > C:
                 if first % CH > 0:
                     if HAS_DECAY:

@@ -156,7 +156,7 @@ def chunk_at(batch, row, t, T, CH: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def store_chunk(
-    inner, marks, place, sums, mass, log_kept,
+    inner, marks, place, sums, mass, weight, log_kept,
     S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes value sums [VP, SP], masses [SP] and the log decay so far of a run as of a chunk's first token.
@@ -167,8 +167,7 @@ def store_chunk(
     s = tl.arange(0, SP)
     v = tl.arange(0, VP)
     mask = (v < V)[:, None] & (s < SW)[None, :]
-    of_all = tl.sum(mass, 0)
-    mean = tl.sum(sums, 1) * inverse_of(tl.where(of_all > 1e-30, of_all, 1.0))
+    mean = tl.sum(sums, 1) * inverse_of(tl.where(weight > 1e-30, weight, 1.0))
     about = operand(sums - mean[:, None] * mass[None, :], PRECISION)
     tl.store((inner + place * (V * SW)) + (v[:, None] * SW + s[None, :]), about, mask=mask)
     marks += place * (SW + 8 + VP)
