@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .device import add_dot, fine_dot, keys_inside, load_rows, operand, reciprocal, store_rows, whole_rows
 from .narrow import corners_of, hashed, load_hash, unhashed
-from .wide import block_of, kernel, load_columns, load_delta, store_out
+from .wide import block_of, kernel, load_columns, load_queries, store_out
 from .wide_features import buckets_at, side_logs
 from .wide_halves import add_sums, projection_gradients, store_grad_y
 
@@ -100,13 +100,11 @@ def query_gradient_kernel(
     c = tl.arange(0, C)
     v = tl.arange(0, VP)
     queries = t + c < end
-    do = load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED)
-    of_out = (batch * T * H + head) * V
-    delta = load_delta(do, out + of_out, residual + of_out, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0,
-                       RESIDUAL)  # fmt: skip
-    query_at = (batch * H + head) * T + t + c
+    do, delta, inverse, query_at = load_queries(
+        grad_out, out, residual, inverses, ot, H, batch, head, t, T, queries, C, V, VP, ALIGNED, RESIDUAL, False,
+        PRECISION,
+    )  # fmt: skip
     tl.store(deltas + query_at, delta, mask=queries)
-    inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
     rows_q = load_rows(query, qt, t, queries, C, D, DP, ALIGNED)
     dq = tl.zeros([C, DP], tl.float32)
     beta_sum = tl.zeros([C, N], tl.float32)

@@ -412,13 +412,25 @@ def store_out(base, residual, at, stride, here, x, v, C: tl.constexpr, V: tl.con
 
 
 @triton.jit
-def load_delta(do, out, residual, stride, t, here, C: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-               ALIGNED: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
-    """grad_out . out of a block [C], of the unrounded out where there is a residual."""
-    o = load_columns(out, stride, t, here, 0, V, C, VP, ALIGNED).to(tl.float32)
-    if RESIDUAL:
-        o += load_columns(residual, stride, t, here, 0, V, C, VP, ALIGNED).to(tl.float32)
-    return tl.sum(do.to(tl.float32) * o, 1)
+def load_queries(
+    grad_out, out, residual, inverses, ot, H, batch, head, t, T, here, C: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr, ALIGNED: tl.constexpr, RESIDUAL: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a block of queries: grad_out [C, VP], grad_out . out [C], 1 / denominators [C], and where those two lie.
+
+    ``grad_out`` is the head's; ROUNDED, as an operand of products.
+    """
+    do = load_columns(grad_out, ot, t, here, 0, V, C, VP, ALIGNED)
+    if ROUNDED:
+        do = operand(do, PRECISION)
+    WHOLE: tl.constexpr = ALIGNED and V % 8 == 0
+    of_out = (batch * T * H + head) * V
+    o = load_columns(out + of_out, H * V, t, here, 0, V, C, VP, WHOLE).to(tl.float32)
+    if RESIDUAL:  # of the unrounded out
+        o += load_columns(residual + of_out, H * V, t, here, 0, V, C, VP, WHOLE).to(tl.float32)
+    delta = tl.sum(do.to(tl.float32) * o, 1)
+    at = (batch * H + head) * T + t + tl.arange(0, C)
+    return do, delta, tl.load(inverses + at, mask=here, other=0.0), at
 
 
 @kernel

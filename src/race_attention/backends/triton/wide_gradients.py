@@ -44,7 +44,7 @@ from .wide import (
     load_ages,
     load_between,
     load_columns,
-    load_delta,
+    load_queries,
     place,
     weights,
 )
@@ -183,12 +183,10 @@ def query_buckets_gradient_kernel(
     queries = t + c < end
     sub, slot = before_sub_run(t, start, line, run, first, SUB, G, group)
     state = before + (run * G + group) * (S * (V + 1))
-    do = operand(load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED), PRECISION)
-    query_at = (batch * H + head) * T + t + c
-    inverse = tl.load(inverses + query_at, mask=queries, other=0.0)
-    of_out = (batch * T * H + head) * V
-    delta = load_delta(do, out + of_out, residual + of_out, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0,
-                       RESIDUAL)  # fmt: skip
+    do, delta, inverse, query_at = load_queries(
+        grad_out, out, residual, inverses, ot, H, batch, head, t, T, queries, C, V, VP, ALIGNED, RESIDUAL, True,
+        PRECISION,
+    )  # fmt: skip
     if tile == 0:
         tl.store(deltas + query_at, delta, mask=queries)
     kept = kept_before(boundaries, slot, sub > start, HAS_DECAY)

@@ -46,7 +46,7 @@ from .wide import (
     load_ages,
     load_between,
     load_columns,
-    load_delta,
+    load_queries,
     place,
     weights,
 )
@@ -163,14 +163,12 @@ def query_gradient_kernel(
     state = before + (run * G + group) * (S * (V + 1))
     local += slot * (S * V)
     local_mass += slot * S
-    do = operand(load_columns(grad_out, ot, t, queries, 0, V, C, VP, ALIGNED), PRECISION)
-    query_at = (batch * H + head) * T + t + c
-    scale = tl.load(inverses + query_at, mask=queries, other=0.0)
-    of_out = (batch * T * H + head) * V
-    delta = load_delta(do, out + of_out, residual + of_out, H * V, t, queries, C, V, VP, ALIGNED and V % 8 == 0,
-                       RESIDUAL)  # fmt: skip
+    do, delta, inverse, query_at = load_queries(
+        grad_out, out, residual, inverses, ot, H, batch, head, t, T, queries, C, V, VP, ALIGNED, RESIDUAL, True,
+        PRECISION,
+    )  # fmt: skip
     tl.store(deltas + query_at, delta, mask=queries)
-    inverse = scale
+    scale = inverse
     kept = kept_before(boundaries, slot, sub > start, HAS_DECAY)
     if HAS_DECAY:
         q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C, PRECISION)
