@@ -105,7 +105,7 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int, buckets: 
         "again": [] if chance(0.6) else [rng.choice([0, 0, 1, 4, 8]) for _ in range(1 if small else 4)],
         "sizes": tuple(rng.choice([13, 16, 33] if small else [1, 1, 2, 7, 16, 33, 64, 130]) for _ in range(3)),
     }
-    if twists["route"] in ("segments", "ranks", "sequences"):  # there their gradients are added up in their own dtype
+    if twists["route"] != "whole":  # there gradients of parameters are added up in their own dtype
         twists["parameters"] = None
     return {"seed": seed, "dtype": dtype, "options": options, "twists": twists}
 
