@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import RESULTS, context
+from race_attention import RaceState, race_attention
 from race_attention.testing import BUDGETS, make_inputs, relative_error
 from tests.helpers import (
     CASES,
@@ -34,6 +35,7 @@ from tests.helpers import (
     by_sequences,
     evaluate,
     in_double,
+    no_tokens,
     whole,
     with_padding,
 )
@@ -67,6 +69,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "full-4-4": {
         "tokens": 500, "dim": 128, "planes": 4, "tables": 4, "heads": 4, "kv_heads": 2, "scale": 0.09, "masked": 0.1,
     },
+    "causal-4-4-packed": {
+        "causal": True, "lengths": (3, 0, 700, *[10] * 40, 129), "dim": 128, "planes": 4, "tables": 4, "heads": 4,
+        "kv_heads": 2, "scale": 0.09,
+    },
+    "causal-2-2-packed": {
+        "causal": True, "lengths": (*[1] * 70, 300, 64, 63, 0, 65, 700), "dim": 128, "heads": 2, "decay": "token",
+        "scale": 0.09, "masked": 0.1,
+    },
+    "full-4-4-packed": {
+        "lengths": (3, 0, 400, *[10] * 40, 129), "key_lengths": (5, 1, 300, *[12] * 40, 0), "dim": 128, "planes": 4,
+        "tables": 4, "heads": 4, "kv_heads": 2, "scale": 0.09,
+    },
     "causal-140000": {
         "causal": True, "batch": 1, "tokens": 140_000, "dim": 32, "planes": 3, "tables": 3, "heads": 2,
         "decay": "token", "scale": 0.2,
@@ -75,6 +89,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 #: Tokens past which the reference backend in float64 is what is right; the oracle compares all pairs.
 PAIRS = 5000
+
+
+def without_states(inputs: dict[str, Any], **how: Any) -> tuple[torch.Tensor, RaceState]:
+    """Packed sequences whose states nobody asks for are cut another way."""
+    return race_attention(**inputs, **how), no_tokens(inputs)
 
 
 def routes_of(case: str, options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -103,8 +122,13 @@ def evaluated(job: tuple[str, torch.dtype, bool]) -> list[dict[str, Any]]:
         right: dict[str, torch.Tensor] = by_oracle(inputs)
     else:
         right = evaluate(whole, in_double(inputs), backend="reference")
+    here: list[tuple[str, Any, dict[str, torch.Tensor]]] = [("whole", whole, right)]
+    if others:
+        here = [(name, route, right) for name, route in routes_of(case, options)]
+    elif "lengths" in options and not options.get("initial_state"):
+        here.append(("without states", without_states, by_oracle(inputs, lambda found, x: (found[0], no_tokens(x)))))
     rows = []
-    for name, route in routes_of(case, options) if others else [("whole", whole)]:
+    for name, route, right in here:
         row = {"part": str(dtype).removeprefix("torch."), "case": case, "route": name}
         worst: dict[str, Any] = {"forward": 0.0, "backward": 0.0}
         try:
