@@ -168,8 +168,9 @@ def test_what_is_not_served_is_named() -> None:
                        backend="triton")  # fmt: skip
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("case", ["causal", "full"])
-def test_operators_pass_opcheck(case: str) -> None:
+def test_operators_pass_opcheck(case: str, packed: bool) -> None:
     from race_attention.backends.triton.ops import triton_forward
 
     inputs = _small()
@@ -177,8 +178,10 @@ def test_operators_pass_opcheck(case: str) -> None:
     planes = sample_hyperplanes(2, 2, 2, 6, device=DEVICE).requires_grad_()
     beta = torch.ones(2, device=DEVICE, requires_grad=True)
     decay = -torch.rand(1, 9, 2, device=DEVICE) if case == "causal" else None
-    arguments = (*tensors, planes, beta, decay, None, None, None, None, None, case == "causal")
+    bounds = torch.tensor([0, 3, 3, 9], device=DEVICE) if packed else None
+    arguments = (*tensors, planes, beta, decay, None, bounds, bounds, None, None, case == "causal")
     torch.library.opcheck(triton_forward, arguments)
+    torch.library.opcheck(triton_forward, (*arguments, False))
 
 
 def test_the_compilers_are_described() -> None:

@@ -4,6 +4,7 @@
     narrow.py    what the causal kernels of one tile share besides
     states.py    the scan over the states of runs of tokens
     causal.py, causal_gradients.py, causal_blocks.py    buckets in one tile; full.py    not causal
+    full_short.py                not causal, short packed sequences, without states
     wide.py, wide_features.py, wide_segments.py, wide_configs.py    causal, buckets in several tiles
     wide_halves.py, wide_gradients.py    their gradients: by halves of tables, or by buckets; full_wide.py    not causal
     decode.py, decode_ops.py     one token, and its operator
@@ -86,6 +87,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
         call.initial_mass,
         call.initial_value_sum,
         call.causal,
+        call.return_state or not call.causal,  # where all keys are seen, what pays depends on lengths
     )[:3]
     return (out, mass, value_sum) if call.return_state else (out, None, None)
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .device import (
+    FORGOTTEN,
     add_dot,
     anew,
     bfloat16_of,
@@ -24,6 +25,7 @@ from .device import (
     whole_rows,
 )
 from .narrow import (
+    begins_of,
     block_decay,
     buckets_of,
     by_bucket,
@@ -70,7 +72,8 @@ def key_states_kernel(
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    DESCRIBED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    DESCRIBED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, JOINED: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The state that each run of keys alone leaves (programs: runs * G), and its total log decay.
 
@@ -101,6 +104,8 @@ def key_states_kernel(
         if HAS_DECAY:
             fades += (batch * G + group) * T + start
             in_chunk = tl.zeros([], tl.float32)
+    if JOINED:
+        table += start
     b = tl.load(beta + group)
     hashes = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
     corners = corners_of(0, 0, SP, P, N, PRECISION)
@@ -119,7 +124,7 @@ def key_states_kernel(
             if t % CH == 0:
                 if KEEP:
                     mass_now = mass_of(mass, TILED, PRODUCTS)
-                    if HAS_DECAY or HAS_MASK:
+                    if HAS_DECAY or HAS_MASK or JOINED:
                         weight = tl.sum(mass_now, 0)
                     else:
                         weight = t * (L * 2.0 ** (LIFT * P))  # the buckets of a table are one, lifted
@@ -150,6 +155,15 @@ def key_states_kernel(
             sums *= kept
             mass *= kept
             total += log_kept.to(tl.float64)
+        if JOINED:
+            begins, begin = begins_of(table, t, count, C)
+            phi = tl.where((tl.arange(0, C) >= begin)[:, None], phi, 0.0)
+            goes_on = begin < 0
+            sums = tl.where(goes_on, sums, 0.0)
+            mass = tl.where(goes_on, mass, 0.0)
+            total = tl.where(goes_on, total, FORGOTTEN)
+            if CH > 0:
+                so_far = tl.where(goes_on, so_far, FORGOTTEN)
         phi = operand(phi, PRECISION)
         sums = taken_up(sums, operand(v, PRECISION), phi, False, PRECISION)
         if HAS_DECAY and PRECISION == "bf16" and v.dtype == tl.float16:
@@ -166,7 +180,7 @@ def key_states_kernel(
     state = states + (run.to(tl.int64) * G + group) * (S * (V + 1))
     store_sums(state, sums, S, SP, V, VP, False)
     store_mass(state, mass_of(mass, TILED, PRODUCTS), S, SP, V)
-    if HAS_DECAY:
+    if HAS_DECAY or JOINED:
         tl.store(totals + run.to(tl.int64) * G + group, total)
 
 
@@ -180,7 +194,8 @@ def readout_kernel(
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    DESCRIBED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    DESCRIBED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, JOINED: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """out of a run of queries (programs: runs * H), contiguous [B, T, H, V].
 
@@ -200,6 +215,8 @@ def readout_kernel(
     value += whole_rows(batch * vb + group * vh + start * vt, ALIGNED)
     key_mask += batch * mb + group * mh + start * mt
     log_decay += batch * gb + group * gh + start * gt
+    if JOINED:
+        table += start
     if HAS_DECAY and CH > 0:
         fades += (batch * G + group) * T + start
     out += ((batch * T + start) * H + head) * V
@@ -237,6 +254,10 @@ def readout_kernel(
     for t in range(0, count, C):
         here = c < count - t
         past = anew(c)[:, None] >= c[None, :]  # comparisons with constants; kept they would be unpacked each time
+        if JOINED:
+            begins, begin = begins_of(table, t, count, C)
+            past = past & (c[None, :] >= begins[:, None])
+            goes_on = begin < 0
         inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
         q = row_block(queries, qt, t, 0, here, C, D, DP, ALIGNED, DESCRIBED)
         phi_k = row_block(features, width, t, 0, here, C, SW, SP, ALIGNED, DESCRIBED)
@@ -257,6 +278,8 @@ def readout_kernel(
                 whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
                 score *= fading(whole, part, past, False, PRECISION)
             phi_q = operand(phi * since[:, None], PRECISION)
+        if JOINED:
+            phi_q = tl.where((begins < 0)[:, None], phi_q, 0.0)
         score = operand(tl.where(past, score, 0.0), PRECISION)
         if PRODUCTS:
             within = dot(score, first_of_eight, PRECISION)
@@ -278,6 +301,9 @@ def readout_kernel(
         if HAS_DECAY:
             phi_left = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
             mass *= kept
+        if JOINED:
+            phi_left = tl.where((c >= begin)[:, None], phi_left, 0.0)
+            mass = tl.where(goes_on, mass, 0.0)
         if TILED:
             mass = add_dot(mass, ones, phi_left, PRECISION)
         elif PRODUCTS:
@@ -288,10 +314,14 @@ def readout_kernel(
         store_block(outs, H * V, t, 0, here, o * inverse[:, None], C, V, VH, DESCRIBED)
         if HAS_DECAY:
             sums *= kept
+        if JOINED:
+            sums = tl.where(goes_on, sums, 0.0)
         sums = taken_up(sums, v, phi_left, TALL, PRECISION)
         if TALL:
             o = add_dot(dot(phi_q, operand(more_sums, PRECISION), PRECISION), score, more_v, PRECISION)
             store_block(outs, H * V, t, VH, here, o * inverse[:, None], C, V, VH, DESCRIBED)
             if HAS_DECAY:
                 more_sums *= kept
+            if JOINED:
+                more_sums = tl.where(goes_on, more_sums, 0.0)
             more_sums = taken_up(more_sums, more_v, phi_left, TALL, PRECISION)

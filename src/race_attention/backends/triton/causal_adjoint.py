@@ -20,6 +20,8 @@ import triton.language as tl
 
 from .device import add_by_tokens, add_dot, anew, as_given_dot, operand, run_bounds, whole_rows
 from .narrow import (
+    begin_of,
+    begins_of,
     block_decay,
     chunk_at,
     load_sums,
@@ -62,7 +64,7 @@ def adjoint_kernel(
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, V: tl.constexpr,
     VP: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    DESCRIBED: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr, MASSES: tl.constexpr,
+    DESCRIBED: tl.constexpr, PACKED: tl.constexpr, JOINED: tl.constexpr, HAS_DECAY: tl.constexpr, MASSES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the value sums before each run that its own queries give (programs: runs * H).
 
@@ -81,6 +83,8 @@ def adjoint_kernel(
     out += ((batch * T + start) * H + head) * V
     log_decay += batch * gb + group * gh + start * gt
     query_features += ((batch * H + head) * T + start) * SW
+    if JOINED:
+        table += start
     place = place_of(run, batch, row, start, T, CH, PACKED)
     width = tl.full([], SW, tl.int64)
     features = rows_from(query_features, width, count, C, SW, SP, ALIGNED, DESCRIBED)
@@ -117,6 +121,12 @@ def adjoint_kernel(
                 whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
             seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
             grads *= kept
+        if JOINED:
+            begins, begin = begins_of(table, t, count, C)
+            seen = tl.where((begins < 0)[:, None], seen, 0.0)
+            grads = tl.where(begin < 0, grads, 0.0)
+            if MASSES:
+                of_mass = tl.where(begin < 0, of_mass, 0.0)
         grads = taken_up(grads, operand(do, PRECISION), seen, False, PRECISION)
         if MASSES:
             o = row_block(outs, H * V, t, 0, here, C, V, VP, ALIGNED, DESCRIBED)
@@ -167,7 +177,8 @@ def masses_kernel(
     mass_parts, fades, beta_blocks, table, adjoints, mass_after, fades_after, beta_parts,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, CH: tl.constexpr, RB: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
+    C: tl.constexpr, CH: tl.constexpr, RB: tl.constexpr, PACKED: tl.constexpr, JOINED: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the masses before a run and after each block of it (programs: runs * H).
 
@@ -193,7 +204,14 @@ def masses_kernel(
         faded = tl.load(fades + ends, mask=inside, other=0.0)
         faded -= tl.load(fades + block * C - 1, mask=inside & (block % (CH // C) > 0), other=0.0)
         tl.store(fades_after + at * H + head, tl.cumsum(faded, 0) - faded, mask=inside)
-        kept = tl.zeros([RB, SP], tl.float32) + tl.exp(faded)[:, None]
+        kept = tl.exp(faded)
+    if JOINED and CH > 0:
+        table += start
+        last_one = tl.minimum((block + 1) * C, count) - 1
+        goes_on = tl.load(table + last_one, mask=inside, other=0) > last_one - block * C
+        kept = tl.where(goes_on, kept if HAS_DECAY else 1.0, 0.0)
+    if (HAS_DECAY or JOINED) and CH > 0:
+        kept = tl.zeros([RB, SP], tl.float32) + kept[:, None]
         all_kept, sums = tl.associative_scan((kept, x), 0, _then)
     else:
         sums = tl.cumsum(x, 0)
@@ -214,7 +232,7 @@ def finish_kernel(
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     S: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, RB: tl.constexpr, RT: tl.constexpr, PACKED: tl.constexpr,
-    HAS_DECAY: tl.constexpr,
+    JOINED: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """grad_log_decay in the place of phi_k . grad phi_k, [B, T, G], and beta's gradient (programs: runs * G).
 
@@ -246,7 +264,16 @@ def finish_kernel(
         t = tl.arange(0, RT)
         at_token = grad_decay + (batch * T + start + t) * G + group
         of_key = tl.load(at_token, mask=t < count, other=0.0)
-        tl.store(at_token, crossing - tl.cumsum(of_key, 0, reverse=True), mask=t < count)
+        if JOINED:  # of the pairs of the token's own sequence; nothing comes before its first one
+            table += start
+            age = tl.load(table + t, mask=t < count, other=0)
+            following = tl.load(table + t + 1, mask=t + 1 < count, other=0)
+            goes_on = tl.where(following > 0, 1.0, 0.0)
+            kept, later = tl.associative_scan((goes_on, of_key), 0, _then, reverse=True)
+            ours = t >= begin_of(table, count - 1)
+            tl.store(at_token, tl.where(age > 0, tl.where(ours, crossing, 0.0) - later, 0.0), mask=t < count)
+        else:
+            tl.store(at_token, crossing - tl.cumsum(of_key, 0, reverse=True), mask=t < count)
 
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] in "xTRNG"])

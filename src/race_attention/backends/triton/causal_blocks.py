@@ -33,7 +33,7 @@ from .device import (
     store_rows,
     whole_rows,
 )
-from .narrow import features_at, load_mass, rows_at
+from .narrow import begin_of, begins_of, features_at, load_mass, rows_at
 from .projections import load_projections
 
 NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "vb", "vt", "vh", "ob", "ot", "oh", "mb", "mt", "mh"]
@@ -49,7 +49,7 @@ def block_gradient_kernel(
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, NEED_PLANES: tl.constexpr, ASK: tl.constexpr,
+    PACKED: tl.constexpr, JOINED: tl.constexpr, HAS_MASK: tl.constexpr, NEED_PLANES: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """grad_query, grad_key and grad_value of a block, and its part of beta's gradient (programs: blocks * G)."""
     S: tl.constexpr = L << P
@@ -80,6 +80,14 @@ def block_gradient_kernel(
     here = c < count - first
     inside = keys_inside(key_mask, mt, first, count, C, HAS_MASK)
     past = c[:, None] >= c[None, :]
+    kept = 1.0
+    if JOINED:  # see narrow.begins_of; the state after the run is of its last token's sequence
+        table += start
+        begins, begin = begins_of(table, first, count, C)
+        past = past & (c[None, :] >= begins[:, None])
+        sees = (begins < 0)[:, None]
+        left = (c >= begin)[:, None]
+        ends = tl.where(begin_of(table, count - 1) < first + C, 1.0, 0.0)
     phi_k = features_at(key_features, first, here, C, SP, SW)
     seen = features_at(query_features, first, here, C, SP, SW)
     v = rows_at(value, vt, first, inside, C, V, VP, ALIGNED)
@@ -94,26 +102,33 @@ def block_gradient_kernel(
     mass = load_mass(before + state, S, SP, V)
     marks += place * (SW + 8 + VP)
     of_chunk = tl.load(marks + s, mask=s < SW, other=0.0)
+    if JOINED:
+        kept = tl.exp(tl.load(marks + SW))
+        mass *= kept
     mass += of_chunk
     mean = tl.load(marks + (SW + 8) + tl.arange(0, VP))
     of_mean = tl.sum(do.to(tl.float32) * mean[None, :], 1)
     along = as_given_dot(do, tl.trans(v), PRECISION)  # grad_out_i . v_j
     score = tl.where(past, dot(seen, tl.trans(phi_k), PRECISION), 0.0)
     grad_phi = by_parts(
-        operand(do, PRECISION), before_parts + parts, inner + place * (V * SW), 1.0, V, VP, SP, SW, C, False
+        operand(do, PRECISION), before_parts + parts, inner + place * (V * SW), kept, V, VP, SP, SW, C, JOINED
     )
     grad_phi += of_mean[:, None] * of_chunk[None, :]
     seen_now = seen.to(tl.float32)
+    mass_seen = mass[None, :]
+    if JOINED:
+        grad_phi = tl.where(sees, grad_phi, 0.0)
+        mass_seen = tl.where(sees, mass_seen, 0.0)
     if SP == C:  # one sum of each in place of two
         delta = tl.sum(seen_now * grad_phi + score * along, 1)
-        total_weight = tl.sum(seen_now * mass[None, :] + score, 1)
+        total_weight = tl.sum(seen_now * mass_seen + score, 1)
     else:
         delta = tl.sum(seen_now * grad_phi, 1) + tl.sum(score * along, 1)
-        total_weight = tl.sum(seen_now * mass[None, :], 1) + tl.sum(score, 1)
+        total_weight = tl.sum(seen_now * mass_seen, 1) + tl.sum(score, 1)
     delta *= reciprocal(total_weight)  # 1 but for roundings
     weights = operand(score, PRECISION)
     along = operand(tl.where(past, along - delta[:, None], 0.0), PRECISION)
-    grad_phi = add_dot(grad_phi - delta[:, None] * mass[None, :], along, phi_k, PRECISION)
+    grad_phi = add_dot(grad_phi - delta[:, None] * mass_seen, along, phi_k, PRECISION)
     grad_y, beta_sum = projection_gradients(grad_phi * seen_now, y, b, choice, C, N, SP, FINE, PRECISION)
     if NEED_PLANES:
         store_hashes(grad_query_hashes + row_of_head * YW, first, here, grad_y, C, N, YW)
@@ -122,6 +137,8 @@ def block_gradient_kernel(
 
     # Keys: the gradient of the state after the block.
     grad_mass = load_mass(after + state, S, SP, V)
+    if JOINED:
+        grad_mass *= ends
     grad_mass += tl.load(mass_after + place * SW + s, mask=s < SW, other=0.0)
     high = load_given(after_parts + parts, V, VP, SP, SW)
     low = load_given(after_parts + parts + V * SW, V, VP, SP, SW)
@@ -129,8 +146,12 @@ def block_gradient_kernel(
     values = operand(v, PRECISION)
     grad_phi = dot(values, low, PRECISION)
     grad_phi = add_dot(grad_phi, values, high, PRECISION)
-    grad_phi = add_dot(grad_phi, values, near, PRECISION)
-    grad_phi = add_dot(grad_phi + grad_mass[None, :], tl.trans(along), seen, PRECISION)
+    if JOINED:
+        grad_phi *= ends
+    grad_phi = add_dot(grad_phi, values, near, PRECISION) + grad_mass[None, :]
+    if JOINED:
+        grad_phi = tl.where(left, grad_phi, 0.0)
+    grad_phi = add_dot(grad_phi, tl.trans(along), seen, PRECISION)
     grad_y, more = projection_gradients(grad_phi * phi_k.to(tl.float32), key_y, b, choice, C, N, SP, FINE, PRECISION)
     beta_sum += more
     if NEED_PLANES:
@@ -138,7 +159,11 @@ def block_gradient_kernel(
     store_rows(grad_key + to, G * D, first, here, token_gradient(grad_y, hashes, C, N, FINE, PRECISION), C, D, DP)
 
     dv = dot(phi_k, tl.trans(high), PRECISION)
+    if JOINED:
+        dv *= ends
     dv = add_dot(dv, phi_k, tl.trans(near), PRECISION)
+    if JOINED:
+        dv = tl.where(left, dv, 0.0)
     dv = add_dot(dv, tl.trans(weights), operand(do, PRECISION), PRECISION)
     to = ((batch * T + start) * G + head) * V
     store_rows(grad_value + to, G * V, first, here, dv, C, V, VP)

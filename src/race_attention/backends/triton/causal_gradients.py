@@ -30,6 +30,8 @@ from .device import (
     whole_rows,
 )
 from .narrow import (
+    begin_of,
+    begins_of,
     beside,
     block_decay,
     by_bucket,
@@ -187,8 +189,8 @@ def query_gradient_kernel(
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
-    SPLIT: tl.constexpr, ASK: tl.constexpr,
+    PACKED: tl.constexpr, JOINED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    NEED_PLANES: tl.constexpr, SPLIT: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """grad_query, and what each block's queries give to the gradient of the mass before it (programs: blocks * H).
 
@@ -227,6 +229,8 @@ def query_gradient_kernel(
     query_hashes += ((batch * H + head) * T + start) * YW
     grad_hashes += ((batch * H + head) * T + start) * YW
     grad_query += ((batch * T + start) * H + head) * D
+    if JOINED:
+        table += start
     place = place_of(run, batch, row, start + (first // CH * CH if CH > 0 else 0), T, CH, PACKED)
     if CH > 0:
         ask_for(query_hashes + first * YW, tl.minimum(count - first, C) * (YW * 2), ASK)
@@ -249,11 +253,11 @@ def query_gradient_kernel(
         of_chunk = tl.load(marks + s, mask=s < SW, other=0.0)
         mean = tl.load(marks + (SW + 8) + tl.arange(0, VP))
         inner += (place * G + group) * (V * SW)
-        if HAS_DECAY:
+        if HAS_DECAY or JOINED:
             kept = tl.exp(tl.load(marks + SW))
             mass *= kept
         if not SPLIT:
-            if HAS_DECAY:
+            if HAS_DECAY or JOINED:
                 sums *= kept
             sums += load_inner(inner, V, VP, SP, SW, TALL)
             sums += of_chunk[:, None] * mean[None, :] if TALL else mean[:, None] * of_chunk[None, :]
@@ -266,10 +270,17 @@ def query_gradient_kernel(
                 mass *= tl.exp2(faded)
                 if not SPLIT:
                     sums *= tl.exp2(faded)
+        if JOINED:
+            ours = begin_of(table, tl.maximum(first - 1, 0))  # of the state before this block
+            from_before = (ours < first // CH * CH) | (first % CH == 0)
+            mass = tl.where(from_before, mass, 0.0)
+            sums = tl.where(from_before, sums, 0.0)
         for t in range(first // CH * CH, first, C):
             here = c < count - t
             inside = keys_inside(key_mask, mt, t, count, C, HAS_MASK)
             phi_left = features_at(key_features, t, here, C, SP, SW)
+            if JOINED:
+                phi_left = tl.where((t + c >= ours)[:, None], phi_left, 0.0)
             v = rows_at(value, vt, t, inside, C, V, VP, ALIGNED)
             if HAS_DECAY:
                 left = tl.exp2(faded - fades_at(fades, t, here, C, 0.0))
@@ -294,36 +305,50 @@ def query_gradient_kernel(
         do = rows_at(grad_out, ot, t, here, C, V, VP, ALIGNED)
         along = as_given_dot(do, tl.trans(v), PRECISION)  # grad_out_i . v_j
         score = dot(seen, tl.trans(phi_k), PRECISION)
+        visible = past
+        if JOINED:
+            begins, begin = begins_of(table, t, count, C)
+            sees = (begins < 0)[:, None]
+            visible = past & (c[None, :] >= begins[:, None])
         if SPLIT:
             parts = before_parts + (run.to(tl.int64) * G + group) * (2 * V * SW)
-            grad_phi = by_parts(do, parts, inner, kept, V, VP, SP, SW, C, HAS_DECAY)
+            grad_phi = by_parts(do, parts, inner, kept, V, VP, SP, SW, C, HAS_DECAY or JOINED)
             of_mean = tl.sum(do.to(tl.float32) * mean[None, :], 1)
             grad_phi += of_mean[:, None] * of_chunk[None, :]
             if CH > C:
                 if first % CH > 0:
                     if HAS_DECAY:
                         grad_phi *= tl.exp2(faded)
+                    if JOINED:
+                        grad_phi = tl.where(from_before, grad_phi, 0.0)
                     grad_phi = tl.dot(do, bfloat16_of(sums), grad_phi)
         else:
             grad_phi = sums_dot(do, sums, C, VP, SP, TALL, PRECISION)
         seen_now = seen.to(tl.float32)
+        if JOINED:
+            grad_phi = tl.where(sees, grad_phi, 0.0)
+            seen_now = tl.where(sees, seen_now, 0.0)
+            if not HAS_DECAY:
+                seen_now *= kept_so_far
         if HAS_DECAY:
             if CH > 0:
                 now = fades_at(fades, t, here, C, NEVER)
                 age = now[:, None] - fades_at(fades, t, here, C, 0.0)[None, :]
-                weight = tl.exp2(tl.where(past, age, -1000.0))
+                weight = tl.exp2(tl.where(visible, age, -1000.0))
                 since = tl.exp2(now - faded if CH > C else now)
             else:
                 whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
-                weight = fading(whole, part, past, False, PRECISION)
+                weight = fading(whole, part, visible, False, PRECISION)
             score *= weight
             grad_phi *= since[:, None]
             seen_now = operand(seen_now * (since * kept_so_far)[:, None], PRECISION).to(tl.float32)
         else:
-            score = tl.where(past, score, 0.0)
+            score = tl.where(visible, score, 0.0)
         weights = seen.to(tl.float32) * mass[None, :]
         if HAS_DECAY:
             weights *= since[:, None]
+        if JOINED:
+            weights = tl.where(sees, weights, 0.0)
         if SP == C:  # one sum of each in place of two
             delta = tl.sum(seen.to(tl.float32) * grad_phi + score * along, 1)
             total_weight = tl.sum(weights + score, 1)
@@ -334,6 +359,8 @@ def query_gradient_kernel(
         tl.store(deltas + t + c, delta, mask=here)
         grad_mass -= tl.sum(seen_now * delta[:, None], 0)
         mass_seen = delta[:, None] * mass[None, :]
+        if JOINED:
+            mass_seen = tl.where(sees, mass_seen, 0.0)
         along -= delta[:, None]
         if TERMS == 2:
             of_query = tl.sum(seen.to(tl.float32) * (grad_phi - mass_seen * since[:, None]), 1)
@@ -343,7 +370,7 @@ def query_gradient_kernel(
             along *= weight
             mass_seen *= since[:, None]
         else:
-            along = tl.where(past, along, 0.0)
+            along = tl.where(visible, along, 0.0)
         grad_phi = add_fine_dot(grad_phi - mass_seen, along, phi_k, v.dtype == tl.float16, PRECISION)
         if CH == 0:
             if HAS_DECAY:
@@ -351,6 +378,11 @@ def query_gradient_kernel(
                 sums *= kept
                 mass *= kept
                 kept_so_far *= kept
+            if JOINED:
+                phi_k = tl.where((c >= begin)[:, None], phi_k, 0.0)
+                sums = tl.where(begin < 0, sums, 0.0)
+                mass = tl.where(begin < 0, mass, 0.0)
+                kept_so_far = tl.where(begin < 0, kept_so_far, 0.0)
             sums = taken_up(sums, operand(v, PRECISION), phi_k, TALL, PRECISION)
             mass += tl.sum(phi_k.to(tl.float32), 0)
 
@@ -379,8 +411,8 @@ def key_gradient_kernel(
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, YW: tl.constexpr,
     C: tl.constexpr, CH: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
-    SPLIT: tl.constexpr, ASK: tl.constexpr,
+    PACKED: tl.constexpr, JOINED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    NEED_PLANES: tl.constexpr, SPLIT: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value, and phi_k . grad phi_k of each key (programs: blocks * G).
 
@@ -417,6 +449,8 @@ def key_gradient_kernel(
     grad_key += ((batch * T + start) * G + group) * D
     grad_value += ((batch * T + start) * G + group) * V
     of_keys += (batch * T + start) * G + group
+    if JOINED:
+        table += start
     place = place_of(run, batch, row, start + (first // CH * CH if CH > 0 else 0), T, CH, PACKED)
     program = block_at(place, first, C, CH)
     if CH > 0:
@@ -447,18 +481,30 @@ def key_gradient_kernel(
                 run_kept = tl.exp(tl.load(fades_after + ends * H + group * SHARE))
             else:
                 grads *= kept
+        if JOINED:  # the state after the run, or the chunk, is of its last token's sequence
+            from_run = begin_of(table, count - 1)
+            from_chunk = begin_of(table, stop - 1) < ours
+            grad_mass = tl.where(from_run < ours, grad_mass, 0.0)
+            grads = tl.where(from_run < ours, grads, 0.0)
         for share in range(SHARE):
             head = group * SHARE + share
             grad_mass += tl.load(mass_after + (program * H + head) * SW + s, mask=s < SW, other=0.0)
             if not SPLIT:
                 of_chunk = load_inner(inner_after + (place * H + head) * (V * SW), V, VP, SP, SW, TALL)
-                grads += of_chunk * chunk_kept if HAS_DECAY else of_chunk
+                if HAS_DECAY:
+                    of_chunk *= chunk_kept
+                if JOINED:
+                    of_chunk = tl.where(from_chunk, of_chunk, 0.0)
+                grads += of_chunk
             if CH > C:  # the blocks between this one and the chunk's end
                 for t in range(first + C, stop, C):
                     here = c < count - t
                     seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
                     rows = grad_out + whole_rows(share * oh, ALIGNED)
                     do = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
+                    if JOINED:
+                        begins, begin = begins_of(table, t, count, C)
+                        seen = tl.where((t + begins < ours)[:, None], seen, 0.0)
                     if HAS_DECAY:
                         since = tl.exp2(fades_at(fades, t, here, C, NEVER) - faded)
                         seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
@@ -479,16 +525,22 @@ def key_gradient_kernel(
         seen = features_at(query_features, t, here, C, SP, SW)
         delta = tl.load(deltas + t + c, mask=here, other=0.0)
         phi_left = phi_k
+        visible = past
+        if JOINED:
+            begins, begin = begins_of(table, t, count, C)
+            follows = (c >= begin)[:, None]
+            visible = past & (c[:, None] >= begins[None, :])
+            phi_left = tl.where(follows, phi_k, 0.0)
         if HAS_DECAY:
             if CH > 0:
                 now = fades_at(fades, t, here, C, 0.0)
                 age = fades_at(fades, t, here, C, NEVER)[None, :] - now[:, None]
-                weight = tl.exp2(tl.where(past, age, -1000.0))
+                weight = tl.exp2(tl.where(visible, age, -1000.0))
                 left = tl.exp2(tl.minimum(faded - now, 0.0))
             else:
                 whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
-                weight = fading(whole, part, past, True, PRECISION)
-            phi_left = operand(phi_k.to(tl.float32) * left[:, None], PRECISION)
+                weight = fading(whole, part, visible, True, PRECISION)
+            phi_left = operand(phi_left.to(tl.float32) * left[:, None], PRECISION)
 
         # The gradient of phi_k, to the end: dk is stored before dv needs the registers.
         if SPLIT:
@@ -498,6 +550,8 @@ def key_gradient_kernel(
             grad_phi = tl.dot(v, low, tl.dot(v, high))
             if HAS_DECAY:
                 grad_phi *= run_kept
+            if JOINED:
+                grad_phi = tl.where(from_run < stop, grad_phi, 0.0)
             for share in tl.static_range(SHARE):
                 of_chunk = load_given(inner_after + (place * H + group * SHARE + share) * (V * SW), V, VP, SP, SW)
                 grad_phi = tl.dot(v, of_chunk, grad_phi)
@@ -505,10 +559,14 @@ def key_gradient_kernel(
                 if first + C < stop:
                     if HAS_DECAY:
                         grad_phi *= chunk_kept
+                    if JOINED:
+                        grad_phi = tl.where(from_chunk, grad_phi, 0.0)
                     grad_phi = tl.dot(v, near, grad_phi)
             grad_phi += grad_mass[None, :]
         else:
             grad_phi = sums_dot(v, grads, C, VP, SP, TALL, PRECISION) + grad_mass[None, :]
+        if JOINED:
+            grad_phi = tl.where(follows, grad_phi, 0.0)
         if HAS_DECAY:
             of_key = tl.sum(grad_phi * phi_left.to(tl.float32), 1)  # phi_k . grad phi_k, of the weights as rounded
             grad_phi *= left[:, None]
@@ -520,14 +578,14 @@ def key_gradient_kernel(
             if TERMS == 2:
                 of_key -= tl.load(deltas + T + t + c, mask=here, other=0.0)
         else:
-            along = tl.where(past, along, 0.0)
+            along = tl.where(visible, along, 0.0)
         grad_phi = add_fine_dot(grad_phi, along, seen, v.dtype == tl.float16, PRECISION)
         for share in range(1, SHARE):
             rows = grad_out + whole_rows(share * oh, ALIGNED)
             other = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
             other_seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
             other_delta = tl.load(deltas + share * TERMS * T + t + c, mask=here, other=0.0)
-            along = tl.where(past, as_given_dot(v, tl.trans(other), PRECISION) - other_delta[None, :], 0.0)
+            along = tl.where(visible, as_given_dot(v, tl.trans(other), PRECISION) - other_delta[None, :], 0.0)
             if HAS_DECAY:
                 along *= weight
                 later = tl.where(c[:, None] < c[None, :], along, 0.0) if TERMS == 2 else along
@@ -547,11 +605,13 @@ def key_gradient_kernel(
         store_rows(grad_key, G * D, t, here, token_gradient(grad_y, hashes, C, N, FINE, PRECISION), C, D, DP)
 
         score = dot(phi_k, tl.trans(seen), PRECISION)
-        score = score * weight if HAS_DECAY else tl.where(past, score, 0.0)
+        score = score * weight if HAS_DECAY else tl.where(visible, score, 0.0)
         if SPLIT:
             dv = tl.dot(phi_left, tl.trans(high))
             if HAS_DECAY:
                 dv *= run_kept
+            if JOINED:
+                dv = tl.where(from_run < stop, dv, 0.0)
             for share in tl.static_range(SHARE):
                 of_chunk = load_given(inner_after + (place * H + group * SHARE + share) * (V * SW), V, VP, SP, SW)
                 dv = tl.dot(phi_left, tl.trans(of_chunk), dv)
@@ -559,6 +619,8 @@ def key_gradient_kernel(
                 if first + C < stop:
                     if HAS_DECAY:
                         dv *= chunk_kept
+                    if JOINED:
+                        dv = tl.where(from_chunk, dv, 0.0)
                     dv = tl.dot(phi_left, tl.trans(near), dv)
         else:
             dv = dot(phi_left, by_bucket(operand(grads, PRECISION), TALL), PRECISION)
@@ -567,7 +629,7 @@ def key_gradient_kernel(
             rows = grad_out + whole_rows(share * oh, ALIGNED)
             other = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
             other_seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
-            score = tl.where(past, dot(phi_k, tl.trans(other_seen), PRECISION), 0.0)
+            score = tl.where(visible, dot(phi_k, tl.trans(other_seen), PRECISION), 0.0)
             if HAS_DECAY:
                 score *= weight
             dv = add_dot(dv, operand(score, PRECISION), operand(other, PRECISION), PRECISION)
@@ -577,11 +639,16 @@ def key_gradient_kernel(
             if HAS_DECAY:
                 grads *= kept
                 grad_mass *= kept
+            if JOINED:
+                grads = tl.where(begin < 0, grads, 0.0)
+                grad_mass = tl.where(begin < 0, grad_mass, 0.0)
             for share in range(SHARE):
                 rows = grad_out + whole_rows(share * oh, ALIGNED)
                 other = rows_at(rows, ot, t, here, C, V, VP, ALIGNED)
                 other_seen = features_at(query_features + share * T * SW, t, here, C, SP, SW)
                 other_delta = tl.load(deltas + share * TERMS * T + t + c, mask=here, other=0.0)
+                if JOINED:
+                    other_seen = tl.where((begins < 0)[:, None], other_seen, 0.0)
                 if HAS_DECAY:
                     other_seen = operand(other_seen.to(tl.float32) * since[:, None], PRECISION)
                 grads = taken_up(grads, operand(other, PRECISION), other_seen, TALL, PRECISION)

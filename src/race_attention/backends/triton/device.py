@@ -21,6 +21,8 @@ from race_attention.features import FLOOR as _FLOOR
 
 FLOOR = tl.constexpr(_FLOOR)
 LOG2_E = tl.constexpr(1.4426950408889634)
+#: The log decay of what belongs to another sequence: its exponential is 0, and stays so with more added.
+FORGOTTEN = tl.constexpr(-1e30)
 #: Whether one instruction of NVIDIA's may stand for a call of its mathematical library, which for a logarithm is
 #: thirty: the approximations are good to 2**-22, and the packed conversion rounds as the plain one does.
 PTX = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1")

@@ -18,9 +18,9 @@ from torch.autograd import forward_ad
 
 from race_attention.backends.call import Call
 
-from . import passes, replay
+from . import passes, plan, replay
 from .memory import Bundle
-from .ops import kept_dtypes, reads_out, triton_backward
+from .ops import kept_dtypes, reads_out, shape_of, triton_backward
 from .replay import Replay, key_of_aligned, recording_of, repeated
 
 #: What Dynamo does with each frame that runs, or None.
@@ -34,6 +34,7 @@ _OF_FORWARD = 3
 
 #: Of a call's inputs, the hyperplanes, and the first that is an option; how many there are.
 _PLANES, _OPTIONS, _ALL = 3, 5, 11
+_BOUNDS = 7
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -78,9 +79,13 @@ def _forward(*arguments: Any) -> Results:
 
     None also for what the kernels of this shape do not keep.
     """
-    state, kept = arguments[-2:]
-    state = state or (kept and arguments[5] is not None)  # the gradient of log_decay is anchored at the final state
-    inputs = [*arguments[:-2], kept, False, state]
+    *inputs, causal, state, kept = arguments
+    query, key, value, hyperplanes, bounds = *inputs[:4], inputs[_BOUNDS]
+    final = state
+    if bounds is not None:  # what packed sequences go without depends on whether somebody wants their states
+        tokens = max(query.shape[1], key.shape[1])
+        final = state or not plan.apart(shape_of(query, value, hyperplanes), bounds.shape[0] - 1, tokens, causal)
+    inputs += [causal, kept, False, final]
     results: Results = passes.forward(*inputs)
     final = results[1:3] if state else (None, None)
     return results[0], *final, *[x if kept and x is not None and x.numel() else None for x in results[3:]]

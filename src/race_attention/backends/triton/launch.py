@@ -24,6 +24,9 @@ class Problem:
     ``out``, ``features``, buckets and projections (see ``ops.kept_features``), and ``inner``, ``marks`` and ``fades``
     of chunks (see :mod:`race_attention.backends.triton.plan`). Where buckets fill several tiles ``inner`` is what
     rounding took from out (see ``ops.kept_residual``). Without ``keep`` there is no backward pass.
+    With ``ages`` [T + 1] (see ``runs.ages_of``) the row is several sequences joined end to end, cut as if it were one.
+    With ``all_bounds``, the offsets of all rows, ``bounds`` and ``key_bounds`` are spans [rows, 2] of long ones (see
+    launch_short.py), and only those are cut into runs.
     ``watched`` results have the shapes that the operators promise, and are the same every time, all of them. Without
     ``final`` the state that comes out of a pass is not wanted.
     """
@@ -49,6 +52,8 @@ class Problem:
     keep: bool = True
     watched: bool = True
     final: bool = True
+    ages: Tensor | None = None
+    all_bounds: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value = map(_unit_stride, (self.query, self.key, self.value))
@@ -61,6 +66,20 @@ class Problem:
         self.rows = self.batch if self.bounds is None else self.bounds.shape[0] - 1
         rows = [self.query, self.key, self.value] + ([] if self.grad_out is None else [self.grad_out])
         self.aligned = all(map(_rows_aligned, rows))
+
+    def told_apart(self, how: Tensor) -> None:
+        """Packed sequences whose states nobody takes or gives: by ages where causal, else by the spans of long ones.
+
+        ``inverses`` keeps that for the backward pass, since of one tile there are none.
+        """
+        assert self.bounds is not None
+        assert self.key_bounds is not None
+        self.inverses = how
+        if self.causal:
+            self.ages, self.bounds, self.key_bounds, self.rows = how, None, None, self.batch
+        else:
+            self.all_bounds = self.bounds.contiguous(), self.key_bounds.contiguous()
+            self.bounds, self.key_bounds, self.rows = how[0], how[1], how.shape[1]
 
     def runs(self, of_keys: bool) -> plan.Runs:
         tokens, bounds = (self.keys, self.key_bounds) if of_keys else (self.queries, self.bounds)
@@ -106,6 +125,15 @@ class Problem:
         keys, queries = self.batch * self.keys * self.groups, self.batch * self.queries * self.heads
         sizes = keys * shape.row, queries * shape.row, keys * shape.hash_row
         return flat, flat[sizes[0] :], flat[sum(sizes[:2]) :], flat[sum(sizes) :]
+
+    def rows_of(self, runs: plan.Runs) -> Tensor:
+        """What tells the kernels which tokens belong together: the table of runs, or the tokens' ages, or nothing."""
+        return pointer_or(self.ages if runs.table is None else runs.table, self.beta)
+
+    @property
+    def joined(self) -> dict[str, bool]:
+        """How :meth:`rows_of` is to be read."""
+        return {"PACKED": self.bounds is not None, "JOINED": self.ages is not None}
 
     @property
     def conditions(self) -> dict[str, bool]:
@@ -168,13 +196,14 @@ class ParameterSums:
         self.blocks: Tensor | None = None
         self.of_both = False
 
-    def parts(self, runs: plan.Runs, heads: int) -> tuple[Tensor, Tensor]:
-        """Room for the parts of runs * heads programs: the queries' pass first, then the keys'; or one of them."""
+    def parts(self, runs: plan.Runs, heads: int, more: int = 0) -> tuple[Tensor, Tensor]:
+        """Room for the parts of (runs + more) * heads programs: the queries' first, then the keys'; or one of them."""
         p, shape = self.problem, self.problem.shape
-        size = (runs.count, heads, shape.tiles, shape.rows, shape.dim) if self.need_planes else (0,)
+        count = runs.count + more
+        size = (count, heads, shape.tiles, shape.rows, shape.dim) if self.need_planes else (0,)
         empty_runs = p.bounds is not None and not shape.narrow  # they write nothing where runs are one block
         make = p.query.new_zeros if empty_runs else p.query.new_empty
-        made = (runs.count, make(size, dtype=torch.float32), p.new(runs.count, heads))
+        made = (count, make(size, dtype=torch.float32), p.new(count, heads))
         if heads == p.heads and not self.of_queries[0]:  # with a share of 1 the two have one layout
             self.of_queries = made
         else:

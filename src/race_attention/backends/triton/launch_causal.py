@@ -20,13 +20,19 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """(out, final mass, final value_sum, the state before each run); fills ``p.features``."""
     runs = p.runs(of_keys=True)
     parts, totals = _key_states(p, runs)
-    if p.watched:
-        before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
-        clear_spare(before, runs)
-    else:  # of packed sequences one more, which finish_kernel reads behind an empty run
-        before = p.new(max(runs.count + (runs.table is not None), 1), p.groups, p.shape.state_size)
+    before = room_for_states(p, runs)
     mass, value_sum = scan(p, runs, parts, totals, before, initial)
     return readout(p, runs, before), mass, value_sum, before
+
+
+def room_for_states(p: Problem, runs: plan.Runs) -> Tensor:
+    """Room for the state before each run."""
+    if p.watched:
+        before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True, packed=p.bounds is not None)
+        clear_spare(before, runs)
+        return before
+    # Of packed sequences one more, which is read behind an empty run.
+    return p.new(max(runs.count + (runs.table is not None), 1), p.groups, p.shape.state_size)
 
 
 def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
@@ -35,13 +41,14 @@ def _key_states(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor]:
     Descriptors only where addresses would make the kernel spill: elsewhere it is no faster with them.
     """
     states = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
-    totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if p.log_decay is not None else p.beta
+    fading = p.log_decay is not None or p.ages is not None
+    totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64) if fading else p.beta
     features, _, hashes, _ = p.kept_rows()
     if runs.count * p.groups:
         start(
             causal.key_states_kernel, (runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta,
-            pointer_or(runs.table, p.beta), states, totals, features,
+            p.rows_of(runs), states, totals, features,
             hashes, p.inner, p.marks, p.fades,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.keys, runs.length, runs.per_row, p.groups, **p.conditions, CH=p.shape.chunk, KEEP=p.keep,
@@ -59,7 +66,7 @@ def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
         start(
             causal.readout_kernel, (runs.count * p.heads,),
             p.query, features, p.value, pointer_or(p.key_mask, p.beta), pointer_or(p.log_decay, p.beta), p.fades,
-            p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before, out, seen, hashes,
+            p.hyperplanes, p.beta, p.rows_of(runs), before, out, seen, hashes,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, CH=p.shape.chunk, DESCRIBED=p.described,
             KEEP=p.keep, YW=p.shape.hash_row, **p.conditions, **options(p, "causal_readout"),
@@ -70,4 +77,4 @@ def readout(p: Problem, runs: plan.Runs, before: Tensor) -> Tensor:
 def options(p: Problem, kernel: str) -> dict[str, Any]:
     """Planes come in pairs of parts, so that eight of them already fill a product's sixteen."""
     rows = plan.power_of_two(p.shape.tables * p.shape.planes, 8)
-    return p.options(kernel, tiles=False) | {"N": rows, "SW": p.shape.row}
+    return p.options(kernel, tiles=False) | p.joined | {"N": rows, "SW": p.shape.row}

@@ -130,7 +130,7 @@ def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor]:
         start(
             causal_adjoint.adjoint_kernel, (runs.count * p.heads,),
             p.kept_rows()[1], p.grad_out, p.out if p.at_once else p.grad_out, pointer_or(p.log_decay, p.beta),
-            pointer_or(runs.table, p.beta), adjoints, inner_after, mass_after,
+            p.rows_of(runs), adjoints, inner_after, mass_after,
             *p.grad_out.stride()[:3], *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, MASSES=p.at_once,
             DESCRIBED=p.describes(p.grad_out),
@@ -155,7 +155,7 @@ def _block_gradients(
         start(
             causal_blocks.block_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
             query_features, query_hashes, key_features, key_hashes, p.value, p.grad_out,
-            pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta),
+            pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta, p.rows_of(runs),
             before, before_parts, p.inner, p.marks, after, after_parts, inner_after, mass_after,
             dq, dk, dv, *grad_hashes, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides,
@@ -185,7 +185,7 @@ def _query_gradients(
         start(
             causal_gradients.query_gradient_kernel, (runs.count * blocks.per_run * p.heads,),
             hashes, seen, p.features, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
-            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), before,
+            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, p.rows_of(runs), before,
             *_parts(p, runs, before), p.inner, p.marks, p.fades, masses, deltas, dq, grad_hashes, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, HAS_MASK=p.key_mask is not None,
@@ -224,7 +224,7 @@ def _planes(p: Problem, runs: plan.Runs, x: Tensor, grad_hashes: Tensor, parts: 
     if runs.count * heads:
         start(
             causal_adjoint.planes_kernel, (runs.count * heads,),
-            x, grad_hashes, pointer_or(runs.table, p.beta), parts, *x.stride()[:3],
+            x, grad_hashes, p.rows_of(runs), parts, *x.stride()[:3],
             p.queries, runs.length, runs.per_row, heads, YW=p.shape.hash_row, ROWS=shape.rows,
             **{name: given[name] for name in ("D", "DP", "N", "C", "PRECISION", "ALIGNED", "PACKED")},
             num_warps=given["num_warps"], num_stages=given["num_stages"],
@@ -244,10 +244,10 @@ def _masses(
     if runs.count * p.heads:
         start(
             causal_adjoint.masses_kernel, (runs.count * p.heads,),
-            mass_parts, p.fades, of_beta, pointer_or(runs.table, p.beta), adjoints, mass_after, fades_after, parts[1],
+            mass_parts, p.fades, of_beta, p.rows_of(runs), adjoints, mass_after, fades_after, parts[1],
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, S=shape.buckets, SP=shape.tile,
             SW=shape.row, V=shape.value_dim, C=blocks.length, CH=shape.chunk, RB=_longest(p, blocks),
-            PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None, num_warps=4,
+            **p.joined, HAS_DECAY=p.log_decay is not None, num_warps=4,
         )  # fmt: skip
     return mass_after, fades_after
 
@@ -274,7 +274,7 @@ def _key_gradients(
         start(
             causal_gradients.key_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
             seen, p.features, hashes, p.value, p.grad_out, pointer_or(p.key_mask, p.beta),
-            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), after,
+            pointer_or(p.log_decay, p.beta), p.hyperplanes, p.beta, p.rows_of(runs), after,
             *_parts(p, runs, after), inner_after, *masses, p.fades, deltas, dk, dv, of_keys, grad_hashes, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides, *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, HAS_MASK=p.key_mask is not None,
@@ -300,9 +300,9 @@ def _finish(
     if runs.count * p.groups:
         start(
             causal_adjoint.finish_kernel, (runs.count * p.groups,),
-            before, after, at_the_end, pointer_or(runs.table, p.beta), of_keys, of_beta, beta_parts,
+            before, after, at_the_end, p.rows_of(runs), of_keys, of_beta, beta_parts,
             p.queries, runs.length, runs.per_row, p.groups, S=shape.buckets, SP=shape.tile, V=shape.value_dim,
             VP=plan.power_of_two(shape.value_dim, 16), C=blocks.length, CH=shape.chunk, RB=_longest(p, blocks),
-            RT=plan.run_lengths(shape)[1], PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None,
+            RT=plan.run_lengths(shape)[1], **p.joined, HAS_DECAY=p.log_decay is not None,
             num_warps=4,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import full, plan
+from . import full, launch_short, plan
 from .launch import ParameterSums, Problem, pointer_or
 from .launch_states import scan
 from .ops import kept_states
@@ -20,7 +20,10 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
     parts = _accumulate(p, runs)
     seen = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=False)
     mass, value_sum = scan(p, runs, parts, p.beta, seen, initial)
-    return _readout(p, p.runs(of_keys=False), seen), mass, value_sum, seen
+    out = _readout(p, p.runs(of_keys=False), seen)
+    if p.all_bounds is not None:
+        launch_short.forward(p, out)
+    return out, mass, value_sum, seen
 
 
 def _accumulate(p: Problem, runs: plan.Runs) -> Tensor:
@@ -58,23 +61,28 @@ def backward(
     runs, key_runs, shape = p.runs(of_keys=False), p.runs(of_keys=True), p.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value))
     adjoints = p.new(max(runs.count, 1), p.heads, shape.state_size)
+    of_queries = sums.parts(runs, p.heads)
     if runs.count * p.heads:
         start(
             full.query_gradient_kernel, (runs.count * p.heads,),
             p.query, p.grad_out, p.hyperplanes, p.beta, pointer_or(runs.table, p.beta), kept, dq, adjoints,
-            *sums.parts(runs, p.heads), *p.query.stride()[:3], *p.grad_out.stride()[:3],
+            *of_queries, *p.query.stride()[:3], *p.grad_out.stride()[:3],
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share,
             NEED_PLANES=sums.need_planes, **p.options("full_query_gradient", tiles=False),
         )  # fmt: skip
     after = p.new(max(p.rows, 1), p.groups, shape.state_size)
     initial = scan(p, runs, adjoints, p.beta, after, grad_final, share=p.share, reverse=True)
+    short = 0 if p.all_bounds is None else launch_short.programs_of(p)
+    of_keys = sums.parts(key_runs, p.groups, short)
     if key_runs.count * p.groups:
         start(
             full.key_gradient_kernel, (key_runs.count * p.groups,),
             p.key, p.value, pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta,
             pointer_or(key_runs.table, p.beta), after, dk, dv,
-            *sums.parts(key_runs, p.groups), *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
+            *of_keys, *p.key.stride()[:3], *p.value.stride()[:3], *p.mask_strides,
             p.keys, key_runs.length, key_runs.per_row, p.groups, HAS_MASK=p.key_mask is not None,
             NEED_PLANES=sums.need_planes, **p.options("full_key_gradient", tiles=False),
         )  # fmt: skip
+    if short:
+        launch_short.backward(p, (dq, dk, dv), of_keys, key_runs.count)
     return dq, dk, dv, p.new(0), initial

@@ -57,21 +57,22 @@ def scan(
             parts, before, totals, pointer_or(runs.first, p.beta), pointer_or(given[0], mass),
             pointer_or(given[1], value_sum), mass, value_sum, 1.0 / lift if reverse else lift, p.groups, runs.per_row,
             SHARE=share, S=shape.buckets, V=shape.value_dim, RT=tile, E=elements,
-            CAUSAL=p.causal, REVERSE=reverse, PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None,
-            HAS_IN=given[0] is not None, HAS_OUT=p.final, num_warps=4,
+            CAUSAL=p.causal, REVERSE=reverse, PACKED=p.bounds is not None,
+            HAS_DECAY=p.log_decay is not None or p.ages is not None, HAS_IN=given[0] is not None, HAS_OUT=p.final,
+            num_warps=4,
         )  # fmt: skip
     return mass, value_sum
 
 
 def run_totals(p: Problem, runs: plan.Runs) -> Tensor:
     """Each run's total log decay again, [runs, G] float64."""
-    if p.log_decay is None:
+    if p.log_decay is None and p.ages is None:
         return p.beta
     totals = p.new(max(runs.count, 1), p.groups, dtype=torch.float64)
     if runs.count * p.groups:
         start(
             states.total_decay_kernel, (runs.count * p.groups,),
-            p.log_decay, pointer_or(runs.table, p.beta), totals, *p.decay_strides, p.keys, runs.length, runs.per_row,
-            p.groups, C=128, PACKED=p.bounds is not None, num_warps=4,
+            pointer_or(p.log_decay, p.beta), p.rows_of(runs), totals, *p.decay_strides, p.keys, runs.length,
+            runs.per_row, p.groups, C=128, **p.joined, HAS_DECAY=p.log_decay is not None, num_warps=4,
         )  # fmt: skip
     return totals

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import plan
 from .launch import ParameterSums, Problem, at_the_end
+from .launch_causal import room_for_states
 from .launch_states import scan
-from .ops import clear_spare, kept_states
 from .wide_configs import halves_of, tiles_of
 from .wide_segments import Segment
 
@@ -70,8 +70,7 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
     segments = Segments(p, runs, totals)
     for segment in segments:
         segment.between_keys(parts)
-    before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True)
-    clear_spare(before, runs)
+    before = room_for_states(p, runs)
     mass, value_sum = scan(p, runs, parts, totals, before, initial)
     out = p.query.new_empty(p.batch, p.queries, p.heads, p.shape.value_dim)
     for segment in segments:

@@ -106,6 +106,27 @@ def store_features(base, t, here, phi, C: tl.constexpr, SP: tl.constexpr, SW: tl
     tl.store((base + t * SW) + (tl.arange(0, C)[:, None] * SW + s[None, :]), phi, mask=mask)
 
 
+# --------------------------------------------------------------------------- sequences joined end to end
+
+
+@triton.jit
+def begin_of(ages, t):
+    """The token of the run with which the sequence of its t-th one begins; negative where that is before the run."""
+    return t - tl.load(ages + t)
+
+
+@triton.jit
+def begins_of(ages, t, count, C: tl.constexpr):
+    """([C], one): where in the block from t on the sequence of each of its tokens begins, and that of its last one.
+
+    Negative where before the block: such a query sees the state before it, and with a last token like that the state
+    goes on. What the block leaves is that of the keys from its last token's beginning on.
+    """
+    c = tl.arange(0, C)
+    begins = c - tl.load(ages + t + c, mask=c < count - t, other=0)
+    return begins, begin_of(ages, tl.minimum(t + C, count) - 1) - t
+
+
 # ----------------------------------------------------------------------------------------------- the state
 
 

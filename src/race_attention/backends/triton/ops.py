@@ -24,7 +24,7 @@ _INPUTS = (
     "Tensor? cu_seqlens, Tensor? cu_seqlens_key"
 )
 _library.define(
-    f"triton_forward({_INPUTS}, Tensor? mass, Tensor? value_sum, bool causal) "
+    f"triton_forward({_INPUTS}, Tensor? mass, Tensor? value_sum, bool causal, bool final=True) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -72,15 +72,16 @@ def _forward_kernels(
     mass: Tensor | None,
     value_sum: Tensor | None,
     causal: bool,
+    final: bool = True,
 ) -> tuple[Tensor, ...]:
     """(out, final mass, final value_sum; for the backward pass states, inverses, features, inner, marks, fades).
 
-    Arguments as ``Call``.
+    Arguments as ``Call``. Without ``final`` the final state is empty, and packed sequences may go without states.
     """
     from . import passes, replay
 
     inputs = query, key, value, hyperplanes, beta, log_decay, key_mask, cu_seqlens, cu_seqlens_key, mass, value_sum
-    return replay.repeated(passes.forward, inputs, (causal,))
+    return replay.repeated(passes.forward, inputs, (causal, True, True, final))
 
 
 @torch.library.register_fake("race_attention::triton_forward", lib=_library)
@@ -97,21 +98,27 @@ def _(
     mass: Tensor | None,
     value_sum: Tensor | None,
     causal: bool,
+    final: bool = True,
 ) -> tuple[Tensor, ...]:
     batch, queries, heads = query.shape[:3]
     groups, value_dim = value.shape[2:]
     tables, planes = hyperplanes.shape[1:3]
-    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    wide = torch.float64
-    inner, marks, fades = kept_chunks(
-        key, value, hyperplanes, rows, log_decay is not None, cu_seqlens is not None, causal
-    )
+    rows, packed = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens is not None
+    of_rows = (rows, groups, tables, 1 << planes)
+    inverses = kept_inverses(query, value, hyperplanes, causal)
+    if goes_without_states(shape_of(query, value, hyperplanes), packed, mass, value_sum, final):
+        if causal:
+            rows, packed, inverses = batch, False, query.new_empty(queries + 1, dtype=torch.int32)
+        else:
+            rows = plan.long_rows(queries, key.shape[1])
+            inverses = query.new_empty(2, rows, 2, dtype=torch.int64)
+    inner, marks, fades = kept_chunks(key, value, hyperplanes, rows, log_decay is not None, packed, causal)
     return (
         query.new_empty(batch, queries, heads, value_dim),
-        query.new_empty(rows, groups, tables, 1 << planes, dtype=wide),
-        query.new_empty(rows, groups, tables, 1 << planes, value_dim, dtype=wide),
-        kept_states(query, value, hyperplanes, rows, causal),
-        kept_inverses(query, value, hyperplanes, causal),
+        query.new_empty(of_rows if final else 0, dtype=torch.float64),
+        query.new_empty((*of_rows, value_dim) if final else 0, dtype=torch.float64),
+        kept_states(query, value, hyperplanes, rows, causal, packed),
+        inverses,
         kept_features(query, key, value, hyperplanes, causal),
         kept_residual(query, value, hyperplanes, inner),
         marks,
@@ -119,14 +126,24 @@ def _(
     )
 
 
-def kept_states(query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, causal: bool) -> Tensor:
+def goes_without_states(
+    shape: plan.Shape, packed: bool, mass: Tensor | None, value_sum: Tensor | None, final: bool
+) -> bool:
+    """Whether packed sequences are told apart otherwise than by rows of states: see ``launch.Problem.told_apart``."""
+    return packed and shape.narrow and mass is None and value_sum is None and not final
+
+
+def kept_states(
+    query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, causal: bool, packed: bool = False
+) -> Tensor:
     """The buffer for the states that the backward pass needs, [runs or rows, G, S * (Dv + 1)]."""
     shape = shape_of(query, value, hyperplanes)
     groups = value.shape[2]
     count = rows
     if causal:
         longest = plan.causal_run_lengths(shape)[1]
-        count = plan.capacity(query.shape[0], query.shape[1], rows, int(groups), longest, plan.extra_runs(shape))
+        extra = plan.extra_runs(shape)
+        count = plan.capacity(query.shape[0], query.shape[1], rows, int(groups), longest, extra, packed)
     return query.new_empty(count, groups, shape.state_size, dtype=torch.float32)
 
 
@@ -289,14 +306,19 @@ for _device in ("CPU", "CUDA", "XPU"):  # on the CPU in Triton's interpreter
     _library.impl("triton_backward", _hidden(_backward_kernels), _device)
 
 
+#: Which of the operator's arguments ``final`` is.
+_FINAL = 12
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             output: tuple[Tensor, ...] = triton_forward(*inputs)
-        *tensors, mass, value_sum, ctx.causal = inputs
+        *tensors, mass, value_sum, ctx.causal = inputs[:_FINAL]
+        ctx.count, ctx.wanted = len(inputs), all(inputs[_FINAL:])  # a default is not handed on
         # The gradient of log_decay is anchored at the final state; nothing else needs that.
-        final = output[1:3] if inputs[5] is not None else (None, None)
+        final = output[1:3] if inputs[5] is not None and ctx.wanted else (None, None)
         query, value, hyperplanes, log_decay = inputs[0], inputs[2], inputs[3], inputs[5]
         out = output[0] if reads_out(query, value, hyperplanes, log_decay, ctx.causal) else None
         ctx.save_for_backward(*tensors, *final, out, *output[3:])
@@ -314,6 +336,8 @@ class _Differentiable(torch.autograd.Function):
         if grad_out is None:
             grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
         need_planes = ctx.needs_input_grad[3]
+        if not ctx.wanted:  # of nothing
+            grad_mass = grad_value_sum = None
         dq, dk, dv, planes, beta, decay, mass, value_sum = triton_backward(
             grad_out, grad_mass, grad_value_sum, *saved, ctx.causal, need_planes
         )
@@ -330,6 +354,7 @@ class _Differentiable(torch.autograd.Function):
             None if ctx.initial is None else mass.to(ctx.initial[0]),
             None if ctx.initial is None else value_sum.to(ctx.initial[1]),
             None,
+            *[None] * (ctx.count - _FINAL),
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import load_decay, run_bounds
+from .device import FORGOTTEN, load_decay, run_bounds
 
 
 @triton.jit
@@ -83,15 +83,21 @@ def scan_kernel(
 def total_decay_kernel(
     log_decay, table, totals,
     gb: tl.int64, gt: tl.int64, gh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    C: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr, JOINED: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """The total log decay of each run in float64, [runs, G] (programs: runs * G)."""
+    """The total log decay of each run in float64, [runs, G] (programs: runs * G).
+
+    JOINED, where it is not of one sequence that began before it, what is left is nothing.
+    """
     run = tl.program_id(0) // G
     head = tl.program_id(0) - run * G
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
     log_decay += batch * gb + head * gh
     total = tl.zeros([], tl.float64)
-    for t in range(start, end, C):
-        whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
-        total += all_whole.to(tl.float64) + all_part.to(tl.float64)
+    if HAS_DECAY:
+        for t in range(start, end, C):
+            whole, part, all_whole, all_part = load_decay(log_decay, gt, t, end, C)
+            total += all_whole.to(tl.float64) + all_part.to(tl.float64)
+    if JOINED:
+        total = tl.where(tl.load(table + end - 1) >= end - start, total, FORGOTTEN)
     tl.store(totals + run.to(tl.int64) * G + head, total)
