@@ -88,17 +88,22 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run_case(name: str, dtype: torch.dtype, repeats: int) -> None:
     """Forward and backward."""
+    forward_and_backward(CASES[name], dtype, "cuda", repeats)
+    torch.cuda.synchronize()
+
+
+def forward_and_backward(given: dict[str, Any], dtype: torch.dtype, device: str, repeats: int) -> None:
+    """A case by its options."""
     from benchmarks.gpu_equivalence import without_states
     from race_attention.testing import make_inputs
     from tests.helpers import evaluate, whole
 
-    options = dict(CASES[name])
+    options = dict(given)
     learn, route = options.pop("planes_learn", True), whole if options.pop("states", True) else without_states
-    inputs = make_inputs(**options, dtype=dtype, device="cuda", requires_grad=True, seed=1)
+    inputs = make_inputs(**options, dtype=dtype, device=device, requires_grad=True, seed=1)
     inputs["hyperplanes"].requires_grad_(learn)
     for _ in range(repeats):
         evaluate(route, inputs, backend="triton")
-    torch.cuda.synchronize()
 
 
 def run_decode(dtype: torch.dtype) -> None:

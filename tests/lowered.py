@@ -22,10 +22,9 @@ from triton.compiler.compiler import ASTSource, make_backend
 
 import race_attention.backends.triton as backend
 from benchmarks.gpu_sanitize import CASES as EVERY_KERNEL
+from benchmarks.gpu_sanitize import forward_and_backward
 from race_attention.backends.triton import replay, start
 from race_attention.backends.triton.decode import decode, decode_
-from race_attention.testing import make_inputs
-from tests.helpers import evaluate, whole
 
 TARGET = GPUTarget("cuda", 90, 32)
 COMPILER = make_backend(TARGET)
@@ -68,14 +67,6 @@ def _lowered(key: Any, kernel: Any, grid: Any, args: tuple[Any, ...], options: d
     _done.add(name)
 
 
-def _call(case: str, dtype: torch.dtype) -> None:
-    options = dict(CASES[case])
-    learn = options.pop("planes_learn", True)
-    inputs = make_inputs(**options, dtype=dtype, device="cpu", requires_grad=True, seed=1)
-    inputs["hyperplanes"].requires_grad_(learn)
-    evaluate(whole, inputs, backend="triton")
-
-
 def _decode(dtype: torch.dtype) -> None:
     for planes, tables in ((2, 2), (6, 2)):
         query, key, value = (torch.randn(2, heads, 32).to(dtype) for heads in (4, 2, 2))
@@ -95,7 +86,7 @@ def main() -> int:
         for case in (*CASES, "decode"):
             replay.forget()
             try:
-                _call(case, dtype) if case in CASES else _decode(dtype)
+                forward_and_backward(CASES[case], dtype, "cpu", 1) if case in CASES else _decode(dtype)
             except Exception as error:
                 failed += 1
                 sys.stdout.write(f"{case} {dtype}: {type(error).__name__}: {error}\n")
