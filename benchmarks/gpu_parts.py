@@ -186,7 +186,10 @@ def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
         ]
         jobs += [("race", *pair, tokens, causal, True) for pair, causal, tokens in shorter]
     if "packed" in only:
-        lengths = (1,) * 512
-        calls = [(pair, backward) for pair in CONFIGURATIONS for backward in (True, False)]
-        jobs += [("race", *pair, 512, True, backward, HEADS, False, "triton", lengths) for pair, backward in calls]
+        jobs += [
+            ("race", *pair, sum(lengths), causal, backward, HEADS, False, "triton", lengths)
+            for causal, lengths in ((True, (8,) * 4096), (True, (1 << 15,)), (False, (100,) * 400))
+            for backward in (True, False)
+            for pair in CONFIGURATIONS
+        ]
     return jobs
