@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -35,6 +37,27 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DIM, MOST_BUCKETS = 256, 1024
 #: Looked up here, and not at a call, which torch.compile would have to trace.
 INSTALLED = importlib.util.find_spec("triton") is not None
+#: Before it the compiler knows no product of eight columns.
+OLDEST = (3, 5)
+
+
+def _installed_version() -> str | None:
+    """Triton's, without importing it; None where no distribution of that name says so."""
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _too_old(version: str | None) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST
+
+
+VERSION = _installed_version() if INSTALLED else None
+TOO_OLD = _too_old(VERSION)
 
 
 def why_not(call: Call) -> str | None:
@@ -43,6 +66,8 @@ def why_not(call: Call) -> str | None:
     tables, planes = call.hyperplanes.shape[1:3]
     if not INSTALLED:
         return "triton is not installed"
+    if TOO_OLD:
+        return f"triton is {VERSION}, allowed is {OLDEST[0]}.{OLDEST[1]} or newer"
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the query is on {query.device.type}, allowed is cuda (or any device with TRITON_INTERPRET=1)"
     if query.dtype not in DTYPES:

@@ -45,7 +45,7 @@ def parameters_kernel(
         here = e < L * P * D
         row = e // D
         table = row // P
-        tiles: tl.constexpr = max((1 << P) // SP, 1)
+        tiles: tl.constexpr = (1 << P) // SP if (1 << P) > SP else 1
         if tiles > 1:  # of one table
             at = (table * tiles * N + row % P) * D + e % D
         else:

@@ -119,12 +119,13 @@ def store_halves(
 
     ``logs`` are the tables'. Zeros where not ``inside`` [C].
     """
-    W: tl.constexpr = max(SB >> P, 1) * HW
+    TABLES: tl.constexpr = SB >> P if SB > (1 << P) else 1
+    W: tl.constexpr = TABLES * HW
     halves = half_buckets(logs, 0, C, W, P, PL, N, HW, LIFT, PRECISION)
     halves = operand(tl.where(inside[:, None], halves, 0.0), PRECISION)
     column = table * HW + tl.arange(0, W)
     mask = here[:, None]
-    if L % max(SB >> P, 1) != 0:
+    if L % TABLES != 0:
         mask = mask & (column < L * HW)[None, :]
     tl.store(base + ((tl.arange(0, C) * stride.to(tl.int32))[:, None] + column[None, :]), halves, mask=mask)
 

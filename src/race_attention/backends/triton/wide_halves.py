@@ -341,8 +341,10 @@ def planes_kernel(
         of_y = tl.load(grad_y + at[:, None] + n[None, :], mask=here[:, None], other=0.0)
         total = add_by_tokens(total, rows, of_y, PRECISION)
     own = tl.program_id(1) * (GB >> P) + n // P
-    tables: tl.constexpr = max(SP >> P, 1)
-    place_of = own // tables * max((1 << P) // SP, 1) * ROWS + own % tables * P + n % P
+    of_group: tl.constexpr = GB >> P if GB > (1 << P) else 1  # tables
+    tables: tl.constexpr = SP >> P if SP > (1 << P) else 1
+    tiles: tl.constexpr = (1 << P) // SP if (1 << P) > SP else 1
+    place_of = own // tables * tiles * ROWS + own % tables * P + n % P
     part = (run * H + head) * (NS * ROWS) + place_of
-    mask = (d < D)[:, None] & ((n // P < max(GB >> P, 1)) & (own < L))[None, :]
+    mask = (d < D)[:, None] & ((n // P < of_group) & (own < L))[None, :]
     tl.store(planes_parts + part[None, :] * D + d[:, None], total, mask=mask)
