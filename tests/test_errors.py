@@ -232,6 +232,19 @@ def test_auto_says_when_it_falls_back(monkeypatch):
         race_attention(**make_inputs())
 
 
+def test_a_triton_that_is_too_old_is_named(monkeypatch):
+    from race_attention.backends import triton
+
+    assert [triton._too_old(x) for x in (None, "3.5.0", "3.10.1", "4.0", "3.4.0", "2.10", "3.2.0+git1")] == [
+        *[False] * 4, *[True] * 3,
+    ]  # fmt: skip
+    monkeypatch.setattr(triton, "INSTALLED", True)
+    monkeypatch.setattr(triton, "TOO_OLD", True)
+    monkeypatch.setattr(triton, "VERSION", "3.2.0")
+    with pytest.raises(ValueError, match=r"triton is 3\.2\.0, allowed is 3\.5 or newer"):
+        race_attention(**make_inputs(), backend="triton")
+
+
 def test_values_on_other_devices_are_read_only_on_request():
     """On a device whose values cannot be read for free, shapes are checked and values are not."""
     inputs = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in make_inputs().items()}
