@@ -232,6 +232,12 @@ def test_needles_are_in_the_text_once_and_asked_for_at_its_end():
     assert min(depths) < 20
     assert max(depths) > 200
     assert not torch.equal(split.inputs, needle_examples(options, 40, "1").inputs)
+    rounds = needle_examples(dataclasses.replace(options, rounds=3), 5, "0")
+    text = bytes(rounds.inputs[0].tolist()).decode() + "."
+    asked = re.findall(r" (\w+)=\d{5}\.", text)[3:]
+    assert len(asked) == 6
+    assert set(asked[:2]) == set(asked[2:4]) == set(asked[4:])
+    assert ((rounds.targets != IGNORED).sum(1) == 30).all()
     for wrong in ({"questions": 2}, {"needles": 13}, {"digits": 0}, {"length": 50}):
         with pytest.raises(ConfigError, match="task_options." + next(iter(wrong))):
             NeedleOptions(**wrong)

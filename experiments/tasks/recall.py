@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ class NeedleOptions:
         length: bytes.
         needles: facts hidden in the text, at most 12.
         questions: how many of them are asked for at its end.
+        rounds: how many times over in training, each time in another order; once where it is scored. What was just
+            answered is easy to find, so that looking something up is learned soon, whatever the length.
         digits: of each fact's number.
         train, valid: examples.
     """
@@ -101,6 +104,7 @@ class NeedleOptions:
     length: int = 1024
     needles: int = 1
     questions: int = 1
+    rounds: int = 1
     digits: int = 4
     train: int = 20000
     valid: int = 500
@@ -109,8 +113,9 @@ class NeedleOptions:
         most = len(NAMES)
         check(1 <= self.needles <= most, "task_options.needles", self.needles, f"in [1, {most}]")
         check(1 <= self.questions <= self.needles, "task_options.questions", self.questions, f"in [1, {self.needles}]")
-        check(self.digits >= 1, "task_options.digits", self.digits, "1 or more")
-        room = (self.needles + self.questions) * len(_fact(max(NAMES, key=len), "0" * self.digits)) + 40
+        for name in ("rounds", "digits"):
+            check(getattr(self, name) >= 1, f"task_options.{name}", getattr(self, name), "1 or more")
+        room = (self.needles + self.questions * self.rounds) * len(_fact(max(NAMES, key=len), "0" * self.digits)) + 40
         check(self.length >= room, "task_options.length", self.length, f"at least {room}")
 
 
@@ -134,7 +139,9 @@ class Needle(SplitTask):
     ) -> None:
         self.options = options
         parts = {"train": (options.train, f"train {seed}"), "valid": (options.valid, "valid")}
-        super().__init__(name, {k: needle_examples(options, n, s) for k, (n, s) in parts.items()}, device, seed)
+        once = dataclasses.replace(options, rounds=1)
+        splits = {k: needle_examples(options if k == "train" else once, n, s) for k, (n, s) in parts.items()}
+        super().__init__(name, splits, device, seed)
 
     def make_model(self, config: ModelConfig, seed: int) -> nn.Module:
         return DecoderLM(ModelConfig(**{**vars(config), "vocab": 256}), seed=seed)
@@ -157,7 +164,8 @@ def _haystack(options: NeedleOptions, filler: str, draw: random.Random) -> tuple
     """length + 1 characters that end with the questions, and where in them the answers' digits start."""
     names = draw.sample(NAMES, options.needles)
     facts = [_fact(name, "".join(draw.choices("0123456789", k=options.digits))) for name in names]
-    asked = draw.sample(facts, options.questions)
+    questions = draw.sample(facts, options.questions)
+    asked = [fact for _ in range(options.rounds) for fact in draw.sample(questions, options.questions)]
     room = options.length + 1 - sum(map(len, facts + asked))
     start = draw.randrange(len(filler) - room)
     text = filler[start : start + room]
