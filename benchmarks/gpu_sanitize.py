@@ -92,8 +92,8 @@ def run_case(name: str, dtype: torch.dtype, repeats: int) -> None:
     torch.cuda.synchronize()
 
 
-def forward_and_backward(given: dict[str, Any], dtype: torch.dtype, device: str, repeats: int) -> None:
-    """A case by its options."""
+def forward_and_backward(given: dict[str, Any], dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
+    """A case by its options; the results of the last of its calls."""
     from benchmarks.gpu_equivalence import without_states
     from race_attention.testing import make_inputs
     from tests.helpers import evaluate, whole
@@ -102,8 +102,10 @@ def forward_and_backward(given: dict[str, Any], dtype: torch.dtype, device: str,
     learn, route = options.pop("planes_learn", True), whole if options.pop("states", True) else without_states
     inputs = make_inputs(**options, dtype=dtype, device=device, requires_grad=True, seed=1)
     inputs["hyperplanes"].requires_grad_(learn)
+    results: dict[str, Any] = {}
     for _ in range(repeats):
-        evaluate(route, inputs, backend="triton")
+        results = evaluate(route, inputs, backend="triton")
+    return results
 
 
 def run_decode(dtype: torch.dtype) -> None:
