@@ -108,21 +108,20 @@ def forward_and_backward(given: dict[str, Any], dtype: torch.dtype, device: str,
     return results
 
 
-def run_decode(dtype: torch.dtype) -> None:
+def run_decode(dtype: torch.dtype, device: str = "cuda") -> None:
     """A token in place, and into a new state."""
     from race_attention.backends.triton.decode import decode, decode_
 
     for planes, tables in ((2, 2), (4, 4), (6, 2)):
-        query, key, value = (torch.randn(2, heads, 32, device="cuda").to(dtype) for heads in (4, 2, 2))
-        hyperplanes = torch.randn(2, tables, planes, 32, device="cuda")
-        beta, decay = torch.full((2,), 4.0, device="cuda"), torch.full((2, 2), -0.1, device="cuda")
+        query, key, value = (torch.randn(2, heads, 32, device=device).to(dtype) for heads in (4, 2, 2))
+        hyperplanes = torch.randn(2, tables, planes, 32, device=device)
+        beta, decay = torch.full((2,), 4.0, device=device), torch.full((2, 2), -0.1, device=device)
         for wide in (torch.float32, torch.float64):
-            mass = torch.ones(2, 2, tables, 1 << planes, dtype=wide, device="cuda")
-            value_sum = torch.zeros(*mass.shape, 32, dtype=wide, device="cuda")
+            mass = torch.ones(2, 2, tables, 1 << planes, dtype=wide, device=device)
+            value_sum = torch.zeros(*mass.shape, 32, dtype=wide, device=device)
             for of_decay in (None, decay):
                 decode(query, key, value, hyperplanes, beta, of_decay, mass, value_sum)
                 decode_(query, key, value, hyperplanes, beta, of_decay, mass, value_sum)
-    torch.cuda.synchronize()
 
 
 def here(name: str, dtypes: tuple[str, ...], repeats: int) -> None:
@@ -141,6 +140,7 @@ def here(name: str, dtypes: tuple[str, ...], repeats: int) -> None:
     for dtype in dtypes:
         if name == "decode":
             run_decode(getattr(torch, dtype))
+            torch.cuda.synchronize()
         else:
             run_case(name, getattr(torch, dtype), repeats)
     print("kernels:", ", ".join(sorted(seen)))

@@ -53,6 +53,15 @@ def test_kernels_touch_what_is_theirs(case: str) -> None:
         assert not result.isnan().any(), f"{name} depends on memory that nobody wrote"
 
 
+def test_decoding_touches_what_is_its() -> None:
+    from tests.watched import watched
+
+    with watched() as watch, filled(True):
+        gpu_sanitize.run_decode(torch.float32, "cpu")
+    assert not watch.found, sorted(watch.found)
+    assert watch.kernels
+
+
 @triton.jit
 def _shifted_kernel(x, y, count, shift, BARRIER: tl.constexpr):
     """Each program writes four elements of y, and reads four others of it if ``shift`` says so."""
