@@ -29,6 +29,20 @@ def first_kernel(bounds, first, rows: tl.int64, length: tl.int64, X: tl.constexp
         total += tl.sum(runs, 0)
 
 
+@triton.jit
+def row_past(place, firsts, rows, steps):
+    """The first row that ends past each place, of offsets [rows + 1], by ``steps`` halvings; else ``rows``."""
+    row = place * 0
+    past = row + rows
+    for _ in range(steps):
+        middle = (row + past) // 2
+        open = row < past
+        later = tl.load(firsts + middle + 1, mask=open, other=0) > place
+        past = tl.where(open & later, middle, past)
+        row = tl.where(open & (later == 0), middle + 1, row)
+    return row
+
+
 @triton.jit(do_not_specialize=["rows", "length", "count", "steps"])
 def table_kernel(
     bounds, first, table, rows: tl.int64, length: tl.int64, count: tl.int64, steps: tl.int64, X: tl.constexpr,
@@ -36,14 +50,7 @@ def table_kernel(
 ):  # fmt: skip
     """table [count, 4], see plan.Runs (programs: blocks of X runs); the row of a run by ``steps`` halvings."""
     run = tl.program_id(0).to(tl.int64) * X + tl.arange(0, X)
-    row = run * 0
-    past = row + rows
-    for _ in range(steps):
-        middle = (row + past) // 2
-        open = row < past
-        later = tl.load(first + middle + 1, mask=open, other=0) > run  # the first row that ends past the run
-        past = tl.where(open & later, middle, past)
-        row = tl.where(open & (later == 0), middle + 1, row)
+    row = row_past(run, first, rows, steps)
     alive = (row < rows) & (run < count)
     begin = tl.load(bounds + row * STEP, mask=alive, other=0)
     begin += (run - tl.load(first + row, mask=alive, other=0)) * length
@@ -60,14 +67,7 @@ def table_kernel(
 def ages_kernel(bounds, ages, rows: tl.int64, tokens: tl.int64, steps: tl.int64, X: tl.constexpr):
     """ages [tokens + 1]: how many tokens of its sequence come before each (programs: blocks of X tokens)."""
     token = tl.program_id(0).to(tl.int64) * X + tl.arange(0, X)
-    row = token * 0
-    past = row + rows
-    for _ in range(steps):
-        middle = (row + past) // 2
-        open = row < past
-        later = tl.load(bounds + middle + 1, mask=open, other=0) > token  # the first row that ends past the token
-        past = tl.where(open & later, middle, past)
-        row = tl.where(open & (later == 0), middle + 1, row)
+    row = row_past(token, bounds, rows, steps)
     age = token - tl.load(bounds + row, mask=row < rows, other=0)
     tl.store(ages + token, tl.minimum(age, LONGEST).to(tl.int32), mask=token <= tokens)
 
