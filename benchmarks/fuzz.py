@@ -22,7 +22,6 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import os
 import sys
 import time
 import traceback
@@ -57,7 +56,7 @@ def started() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreter.INTERPRETED:
         warnings.simplefilter("ignore", RuntimeWarning)
         interpreter.hurry()
 

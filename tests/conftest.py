@@ -16,7 +16,7 @@ hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None, max_examples=EXAMPLES, print_blob=True
 )
 hypothesis.settings.load_profile("deterministic")
-if os.environ.get("TRITON_INTERPRET") == "1":
+if interpreter.INTERPRETED:
     interpreter.hurry()
 
 

@@ -1,11 +1,23 @@
-"""Triton's interpreter, without what it does over and over: the kernels' tests took three times as long.
+"""Where the kernels' tests run: on a GPU, or in Triton's interpreter, which is spared what it does over and over.
 
-Nothing here changes what is computed. With a Triton whose interpreter looks otherwise, all is left as it is.
+Without that they took three times as long. Nothing here changes what is computed. With a Triton whose interpreter
+looks otherwise, all is left as it is.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+#: The mark of test files whose kernels need one or the other.
+KERNELS_RUN = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
 
 
 def hurry() -> None:

@@ -6,7 +6,6 @@ Run with TRITON_INTERPRET=1 where there is no GPU; without it these tests are sk
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -15,15 +14,12 @@ import torch
 from race_attention.features import bucket_weights, sample_hyperplanes
 from race_attention.testing import assert_within_budget, make_inputs, oracle
 from tests.helpers import CASES, LONG_CASES, assert_equal_results, by_oracle, evaluate, expected, in_double, whole
+from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
 from race_attention import race_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = KERNELS_RUN
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FLOAT32, FLOAT16) if INTERPRETED else (FLOAT32, FLOAT16, BFLOAT16)
 

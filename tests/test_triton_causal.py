@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,14 +13,11 @@ import torch
 from race_attention import race_attention
 from race_attention.testing import assert_within_budget, make_inputs, oracle
 from tests.helpers import assert_equal_results, by_oracle, evaluate, in_double, no_tokens, whole
+from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = KERNELS_RUN
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DTYPES = (FLOAT32,) if INTERPRETED else (FLOAT32, torch.float16, BFLOAT16)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +10,11 @@ import torch
 
 from race_attention.testing import make_inputs
 from tests.helpers import assert_equal_results, by_oracle, evaluate, whole
+from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = KERNELS_RUN
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 DTYPES = (FLOAT16,) if INTERPRETED else (FLOAT16, BFLOAT16)
 

@@ -5,7 +5,6 @@ On a GPU as it is, without one in Triton's interpreter (TRITON_INTERPRET=1).
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -16,12 +15,9 @@ pytest.importorskip("triton")
 from race_attention import RaceAttention, race_attention, sample_hyperplanes
 from race_attention.backends import NATIVE
 from race_attention.testing import assert_within_budget, oracle
+from tests.interpreter import DEVICE, KERNELS_RUN
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = KERNELS_RUN
 
 
 class Operators(TorchDispatchMode):

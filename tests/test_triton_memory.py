@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +10,14 @@ import pytest
 import torch
 
 from benchmarks import gpu_sanitize
+from tests.interpreter import INTERPRETED
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 #: The sanitizers' cases; those that take long in the interpreter with fewer heads and tokens, still of several runs.
 SHORTER: dict[str, dict[str, Any]] = {

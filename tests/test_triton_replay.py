@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,12 +13,9 @@ from race_attention import attention, race_attention
 from race_attention.backends.triton import direct, replay
 from race_attention.testing import make_inputs
 from tests.helpers import CASES, evaluate, whole
+from tests.interpreter import DEVICE, KERNELS_RUN
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = KERNELS_RUN
 
 
 @pytest.fixture(autouse=True)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from race_attention.backends.triton import launch_states, plan
 from race_attention.backends.triton.launch import Problem
+from tests.interpreter import DEVICE, KERNELS_RUN
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = KERNELS_RUN
 
 
 @pytest.mark.parametrize("final", [False, True])

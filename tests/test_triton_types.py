@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.interpreter import INTERPRETED
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs without the interpreter")
+@pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 def test_every_kernel_compiles_to_intermediate_code():
     """In a process of its own, where nothing has been compiled, or decided, for a GPU that is there."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -6,7 +6,6 @@ On a GPU as they are, without one in Triton's interpreter (TRITON_INTERPRET=1), 
 from __future__ import annotations
 
 import inspect
-import os
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 from race_attention.testing import make_inputs, oracle
 from tests.helpers import assert_equal_results, evaluate, in_double, whole
+from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
 from race_attention.backends.triton import (
@@ -29,11 +29,7 @@ from race_attention.backends.triton import (
     wide_segments,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = KERNELS_RUN
 FLOAT32 = torch.float32
 DTYPES = (FLOAT32,) if INTERPRETED else (FLOAT32, torch.float16, torch.bfloat16)
 
