@@ -41,8 +41,8 @@ class YosoMixer(ProjectedMixer):
         super().__init__(dim, heads, causal=causal, max_length=max_length, seed=seed, **options)
         if tau < 1 or tau > 30:
             raise ValueError(f"tau: got {tau}, allowed is 1 to 30")
-        if hashes < 0:
-            raise ValueError(f"hashes: got {hashes}, allowed is 0 or more")
+        if not 0 <= hashes < 2**15:
+            raise ValueError(f"hashes: got {hashes}, allowed is 0 to {2**15 - 1}")
         self.tau, self.hashes = tau, hashes
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -61,12 +61,15 @@ class YosoMixer(ProjectedMixer):
         """Share of the hashes in which they agree, [B, H, T, T]; new hashes each call, from torch's generator."""
         planes = torch.randn(self.hashes, self.tau, self.key_dim, device=query.device, dtype=torch.float32)
         bits = 2 ** torch.arange(self.tau, device=query.device)
-        shares: Tensor | float = 0.0
-        for plane in planes:
-            codes = [((x.float() @ plane.T > 0) * bits).sum(-1).transpose(1, 2) for x in (query, key)]  # [B, H, T]
-            shares = shares + (codes[0][..., :, None] == codes[1][..., None, :]).float()
-        assert isinstance(shares, Tensor)
-        return shares / self.hashes
+        codes = [
+            ((x.float() @ planes.flatten(0, 1).T).unflatten(-1, planes.shape[:2]) > 0) * bits for x in (query, key)
+        ]
+        of_query, of_key = (code.sum(-1).permute(3, 0, 2, 1).int() for code in codes)  # [hashes, B, H, T]
+        # narrow counts: what each hash adds to all of the matrix is a matter of memory
+        count = torch.zeros(*of_query.shape[1:], key.shape[1], device=query.device, dtype=torch.int16)
+        for here, there in zip(of_query, of_key, strict=True):
+            count += here[..., :, None] == there[..., None, :]
+        return count.float() / self.hashes
 
 
 class _LowerBoundGradient(torch.autograd.Function):
