@@ -40,8 +40,32 @@ SLOW = ("causal-wide-256", "causal-wide-options", "causal-wide")
 _HEAD: dict[str, Any] = {"dim": 32, "heads": 2, "scale": 0.2}
 _GROUPED: dict[str, Any] = {**_HEAD, "heads": 4, "kv_heads": 2}
 #: Options of testing.make_inputs; ``planes_learn`` False leaves the hyperplanes out of the gradients, ``states`` False
-#: does not ask for states, which has another plan where sequences are packed.
+#: does not ask for states, which has another plan where sequences are packed. In their order, after SLOW.
 CASES: dict[str, dict[str, Any]] = {
+    "causal-joined": {
+        "causal": True, "lengths": (70, 0, 1, 3, 64, 130), **_HEAD, "decay": "token", "masked": 0.2, "states": False,
+    },
+    "causal-64-joined": {
+        "causal": True, "lengths": (70, 0, 1, 3, 64, 130), **_HEAD, "planes": 4, "tables": 4, "planes_learn": False,
+        "states": False,
+    },
+    "causal-64-joined-options": {
+        "causal": True, "lengths": (70, 0, 1, 3, 64, 130), **_GROUPED, "planes": 4, "tables": 4, "decay": "token",
+        "masked": 0.2, "states": False,
+    },
+    "causal-128-joined": {
+        "causal": True, "lengths": (70, 0, 1, 3, 64, 130), "dim": 128, "heads": 2, "scale": 0.1, "planes": 3,
+        "tables": 3, "decay": "head", "states": False,
+    },
+    "full-short": {
+        "lengths": (30, 0, 1, 70), "key_lengths": (20, 2, 0, 90), **_GROUPED, "planes": 4, "tables": 4, "masked": 0.2,
+        "states": False,
+    },
+    "full-short-and-long": {
+        "lengths": (30, 0, 1030, 9, 1, 2, 5, 3), "key_lengths": (20, 2, 70, 1, 4, 0, 3, 3), **_HEAD, "planes": 4,
+        "tables": 4, "masked": 0.2, "states": False,
+    },
+    "full-very-short": {"lengths": (9, 0, 1, 14, 16, 2), **_HEAD, "planes_learn": False, "states": False},
     "causal-wide": {
         "causal": True, "batch": 1, "tokens": 270, **_HEAD, "planes": 6, "tables": 2, "planes_learn": False,
     },
@@ -63,13 +87,6 @@ CASES: dict[str, dict[str, Any]] = {
         "causal": True, "batch": 1, "tokens": 300, **_HEAD, "planes": 4, "tables": 4, "planes_learn": False,
     },
     "causal-packed": {"causal": True, "lengths": (150, 0, 1, 140), **_HEAD, "decay": "token", "masked": 0.2},
-    "causal-joined": {
-        "causal": True, "lengths": (70, 0, 1, 3, 64, 130), **_HEAD, "decay": "token", "masked": 0.2, "states": False,
-    },
-    "causal-64-joined": {
-        "causal": True, "lengths": (70, 0, 1, 3, 64, 130), **_HEAD, "planes": 4, "tables": 4, "planes_learn": False,
-        "states": False,
-    },
     "causal-odd": {"causal": True, "batch": 1, "tokens": 150, "dim": 20, "value_dim": 12, "heads": 1, "scale": 0.2},
     "causal-128": {"causal": True, "batch": 1, "tokens": 270, "dim": 128, "heads": 2, "scale": 0.1, "decay": "token"},
     "full": {"batch": 2, "tokens": 200, "keys": 150, **_HEAD, "planes_learn": False},
@@ -77,11 +94,6 @@ CASES: dict[str, dict[str, Any]] = {
         "lengths": (100, 0, 1, 90), "key_lengths": (80, 2, 0, 110), **_GROUPED, "planes": 4, "tables": 4, "masked": 0.2,
         "initial_state": True,
     },
-    "full-short": {
-        "lengths": (30, 0, 1, 70), "key_lengths": (20, 2, 0, 90), **_GROUPED, "planes": 4, "tables": 4, "masked": 0.2,
-        "states": False,
-    },
-    "full-very-short": {"lengths": (9, 0, 1, 14, 16, 2), **_HEAD, "planes_learn": False, "states": False},
     "full-wide": {"batch": 1, "tokens": 200, "keys": 150, **_GROUPED, "planes": 6, "tables": 2, "masked": 0.2},
 }  # fmt: skip
 

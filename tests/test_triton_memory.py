@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=
 
 #: The sanitizers' cases; those that take long in the interpreter with fewer heads and tokens, still of several runs.
 SHORTER: dict[str, dict[str, Any]] = {
+    "causal-64-joined-options": {"heads": 2, "kv_heads": 1, "lengths": (36, 0, 1, 3, 34)},
+    "causal-128-joined": {"heads": 1, "lengths": (36, 0, 1, 3, 34)},
+    "full-short-and-long": {"heads": 1},
     "causal-wide": {"heads": 1, "tokens": 150},
     "causal-wide-256": {"tokens": 150},
     "causal-wide-options": {"heads": 2, "kv_heads": 1, "lengths": (70, 0, 1, 66)},
