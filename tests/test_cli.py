@@ -98,11 +98,18 @@ class TestChoose:
     def test_words_name_the_constructor(self):
         assert "RaceAttention(..., planes=3, tables=7, head_dim=64)" in run("choose").stdout
 
+    def test_says_what_no_gpu_serves(self):
+        assert "On GPUs" not in run("choose").stdout
+        assert "On GPUs" in run("choose", "--state-kib", "1000").stdout
+        pytest.importorskip("triton")
+        assert importlib.import_module("race_attention.backends.triton").MOST_BUCKETS == choose.MOST_ON_GPU
+
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
             (("--half-angle", "5"), "half-angle"),
             (("--half-angle", "nan"), "half-angle"),
+            (("--half-angle", "91"), "half-angle"),
             (("--state-kib", "0.5"), "state-kib"),
             (("--state-kib", "inf"), "state-kib"),
             (("--beta", "0"), "beta"),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import race_attention as package
-from race_attention import RaceState
+from race_attention import RaceAttentionState, RaceState
 from race_attention.testing import assert_within_budget, make_inputs, relative_error
 from tests.helpers import ALONG_KEYS, ALONG_QUERIES, tokens_between
 
@@ -128,6 +128,15 @@ def test_to():
     assert (single.dtype, single.tokens.dtype) == (torch.float32, torch.int64)
     assert equal(single.to(FLOAT64).to("cpu"), RaceState(*(getattr(single, f).double() for f in FIELDS[:3]), a.tokens))
     assert a.to("meta").tokens.device.type == "meta"
+
+
+def test_repr_is_of_shapes():
+    """Not thousands of numbers, which a GPU would be waited for."""
+    text = "RaceState(mass=[2, 3, 4, 8], value_sum=[2, 3, 4, 8, 5], log_decay=[2, 3], tokens=[2], dtype=torch.float64, "
+    state = RaceState.zeros(2, 3, 4, 3, 5)
+    assert repr(state) == text + "device='cpu')"
+    layer = RaceAttentionState(state, torch.zeros(2, dtype=torch.int64))
+    assert repr(layer) == f"RaceAttentionState(core={state!r}, position=[2], conv=None)"
 
 
 def test_pickle_round_trip():

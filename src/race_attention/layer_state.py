@@ -29,6 +29,10 @@ class RaceAttentionState:
     position: Tensor
     conv: Tensor | None = None
 
+    def __repr__(self) -> str:
+        conv = None if self.conv is None else list(self.conv.shape)
+        return f"RaceAttentionState(core={self.core}, position={list(self.position.shape)}, conv={conv})"
+
     def detach(self) -> RaceAttentionState:
         """The same numbers, cut from the autograd graph."""
         return self._map(lambda state: state.detach(), Tensor.detach)

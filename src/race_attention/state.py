@@ -85,6 +85,10 @@ class RaceState:
         if len(devices) > 1:
             raise ValueError(f"state: got fields on {sorted(devices)}, allowed is one device")
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={list(x.shape)}" for name, x in self.tensors().items())
+        return f"RaceState({shapes}, dtype={self.dtype}, device='{self.device}')"
+
     @classmethod
     def zeros(
         cls,

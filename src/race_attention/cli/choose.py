@@ -11,6 +11,7 @@ import typer
 from .common import Json, console, si, table, write_json
 
 MAX_PLANES = 10
+MOST_ON_GPU = 1024  # buckets a head; the Triton kernels have no more
 STATE_BYTES = 8  # states are float64
 PAPER = ((2, 2), (3, 3), (4, 4))  # (P, L), the configurations of the paper's experiments
 
@@ -76,11 +77,12 @@ def suggest(
     the tables take what memory is left.
 
     Raises:
-        ValueError: no number of planes up to 8 is sharp enough, or not even one table fits.
+        ValueError: the angle is that of no number of planes up to 10, or not even one table fits.
     """
-    planes = next((p for p in range(1, MAX_PLANES + 1) if half_angle(p) <= angle), None)
+    planes = next((p for p in range(1, MAX_PLANES + 1) if half_angle(p) <= angle <= half_angle(1)), None)
     if planes is None:
-        raise ValueError(f"half-angle: got {angle:g}, allowed is {half_angle(MAX_PLANES):.1f} degrees or more")
+        allowed = f"{half_angle(MAX_PLANES):.1f} to {half_angle(1):.0f} degrees"
+        raise ValueError(f"half-angle: got {angle:g}, allowed is {allowed}")
     one_table = 2**planes * (value_dim + 1) * STATE_BYTES
     if one_table > state_bytes:
         raise ValueError(
@@ -128,6 +130,10 @@ def command(
         "is one half, in degrees. The last two are the terms of the paper's bound without constants: they compare "
         "choices and do not measure an error."
     )
+    if chosen.buckets > MOST_ON_GPU:
+        out.print(
+            f"The GPU kernels have up to {MOST_ON_GPU:,} buckets a head: with less memory it would be served there."
+        )
 
 
 def _row(row: Costs) -> tuple[str, ...]:
