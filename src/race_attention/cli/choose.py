@@ -131,9 +131,7 @@ def command(
         "choices and do not measure an error."
     )
     if chosen.buckets > MOST_ON_GPU:
-        out.print(
-            f"The GPU kernels have up to {MOST_ON_GPU:,} buckets a head: with less memory it would be served there."
-        )
+        out.print(f"On GPUs only the reference serves more than {MOST_ON_GPU:,} buckets a head.")
 
 
 def _row(row: Costs) -> tuple[str, ...]:
