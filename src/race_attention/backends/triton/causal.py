@@ -210,6 +210,9 @@ def readout_kernel(
     group = head // SHARE
     batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
     count = (end - start).to(tl.int32)
+    if PACKED:
+        if count == 0:  # a spare run: no state is before it
+            return
     query += whole_rows(batch * qb + head * qh + start * qt, ALIGNED)
     key_features += ((batch * G + group) * T + start) * SW
     value += whole_rows(batch * vb + group * vh + start * vt, ALIGNED)

@@ -90,10 +90,6 @@ def _backward_at_once(
 def _options(p: Problem, kernel: str) -> dict[str, Any]:
     """The compile-time arguments of a kernel. The two gradients' blocks are the same: they leave for each other."""
     given = options(p, kernel) | {"CH": p.shape.chunk, "YW": p.shape.hash_row, "HAS_DECAY": p.log_decay is not None}
-    if p.shape.precision == "ieee":
-        # A product that goes into a sum over lanes is fused on one side of the exchange and rounded on the other, so
-        # that lanes differ in the last bit, and all of them write: which one is read would be the hardware's choice.
-        given["enable_fp_fusion"] = False
     if kernel == "causal_adjoint":
         return given
     given["ASK"] = describes(p.query.device)  # the same devices

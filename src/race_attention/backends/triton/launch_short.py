@@ -49,6 +49,7 @@ def _options(p: Problem, kernel: str) -> dict[str, Any]:
         "HAS_MASK": p.key_mask is not None,
         "num_warps": min(8, warps if max(shape.dim, shape.value_dim) <= 128 else 2 * warps),
         "num_stages": stages,
+        **plan.alike(shape.precision),
     }
 
 

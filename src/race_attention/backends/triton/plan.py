@@ -179,7 +179,17 @@ def options(shape: Shape, kernel: str, tiles: bool, aligned: bool, packed: bool)
         "num_warps": config.warps,
         "num_stages": config.stages,
         **({"maxnreg": config.registers} if config.registers and torch.version.hip is None else {}),
+        **alike(shape.precision),
     }
+
+
+def alike(precision: str) -> dict[str, bool]:
+    """Options of float32 kernels by which lanes that add up the same come to the same.
+
+    A product that goes into a sum over lanes is fused on one side of the exchange and rounded on the other, so that
+    lanes differ in the last bit, and all of them write: which one is read would be the hardware's choice.
+    """
+    return {"enable_fp_fusion": False} if precision == "ieee" else {}
 
 
 def forget() -> None:

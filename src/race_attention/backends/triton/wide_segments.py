@@ -177,9 +177,7 @@ class Segment:
     def _pairs(self, config: tuple[int, ...]) -> dict[str, Any]:
         """The options of the kernels that compare tokens of a sub-run."""
         options = {"SHARE": self.p.share, "C": config[0], "CK": config[1], "SB": config[2]} | self.p.conditions
-        if self.p.shape.precision == "ieee":
-            options["enable_fp_fusion"] = False  # as in launch_causal_gradients.py: lanes that add up the same agree
-        return options | self._state | self._options(config)
+        return options | plan.alike(self.p.shape.precision) | self._state | self._options(config)
 
     def _numbers(self, block: int) -> tuple[int, ...]:
         return *self.p.mask_strides, self.first, self.lines, *self._lengths, self._blocks(block)
