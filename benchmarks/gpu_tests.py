@@ -19,6 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu import RESULTS, context
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +72,7 @@ def main() -> None:
     output = given.output or RESULTS / f"gpu-tests-{machine['gpu'].lower().replace(' ', '-')}.json"
     found = summarised(run(tests, given.workers, given.seconds, output.with_suffix(".log")))
     machine |= found.pop("tests")
-    title = f"The kernels' tests on one {machine['gpu']}"
+    title = f"The kernels' tests on {torch.cuda.device_count()} {machine['gpu']}"
     output.write_text(json.dumps({"title": title, "context": machine, **found}, indent=1) + "\n", encoding="utf-8")
     print({name: machine.get(name) for name in ("passed", "failed", "error", "skipped", "to run")})
     sys.exit(bool(found["rows"]) or machine.get("passed", 0) + machine.get("skipped", 0) != machine["to run"])
