@@ -19,6 +19,7 @@ pytestmark = KERNELS_RUN
 def test_states_before_runs(length: int, reverse: bool, final: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums of all before, or after, and of all; rows of 19, 5 and 2 runs, that is more and fewer than FEW_RUNS."""
     monkeypatch.setattr(launch_states, "SCAN_RUNS", 16)  # the interpreter's tests have less than FEW_RUNS
+    monkeypatch.setattr(launch_states, "SCAN_ELEMENTS", 32)  # and more
     tokens, groups, dim, value_dim = 300, 2, 16, 20
     generator = torch.Generator().manual_seed(0)
     rows = torch.zeros(2, tokens, groups, dim, device=DEVICE)
