@@ -188,7 +188,12 @@ def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
     if "packed" in only:
         jobs += [
             ("race", *pair, sum(lengths), causal, backward, HEADS, False, "triton", lengths)
-            for causal, lengths in ((True, (8,) * 4096), (True, (1 << 15,)), (False, (100,) * 400))
+            for causal, lengths in (
+                (True, (8,) * 4096),
+                (True, (1 << 15,)),
+                (False, (100,) * 400),
+                (False, (10,) * 4000),
+            )
             for backward in (True, False)
             for pair in CONFIGURATIONS
         ]
