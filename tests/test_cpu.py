@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from race_attention import RaceState, race_attention
+from race_attention import RaceState, race_attention, sample_hyperplanes
 from race_attention.backends import cpu, cpu_library
 from race_attention.checks import check
 from race_attention.testing import assert_within_budget, leaves, make_inputs, oracle, relative_error
@@ -596,3 +596,30 @@ def test_compiled_lengths_then_options():
     for some in options:
         inputs = make_inputs(causal=True, **some)
         assert relative_error(compiled(inputs), race_attention(**inputs, backend="cpu")) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_compilation_serves_all_lengths(causal):
+    """Shorter than a run of the backward, of one, of several; exported too, with gradients wanted."""
+    hyperplanes = sample_hyperplanes(1, 2, 2, 8).requires_grad_()
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return race_attention(x, x, x, hyperplanes, 2.0, causal=causal, backend="cpu")
+
+    def inputs(tokens):
+        return torch.randn(2, tokens, 2, 8)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Layer(), fullgraph=True, dynamic=True, backend="aot_eager")
+    tokens = torch.export.Dim("tokens", min=2, max=100_000)
+    exported = torch.export.export(Layer(), (inputs(50),), dynamic_shapes={"x": {1: tokens}}).module()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (50, 2, 130, 300, 1000):
+            x = inputs(length)
+            right = Layer()(x)
+            assert torch.equal(compiled(x), right)
+            assert torch.equal(exported(x), right)
+            (gradient,) = torch.autograd.grad(right.sum(), hyperplanes)
+            assert torch.equal(torch.autograd.grad(compiled(x).sum(), hyperplanes)[0], gradient)

@@ -156,7 +156,8 @@ def _forward_results(
     state = (rows, groups, tables, buckets) if return_state else (0,)
     mass = query.new_empty(state, dtype=torch.float64)
     value_sum = query.new_empty((*state, dim_v) if return_state else (0,), dtype=torch.float64)
-    saved = (batch * length // run_length(tables * buckets), groups, tables * buckets, dim_v + 1)
+    # Two more than are ever used: with none, or one, a compiled model would be compiled again for short sequences.
+    saved = (batch * length // run_length(tables * buckets) + 2, groups, tables * buckets, dim_v + 1)
     return out, mass, value_sum, hyperplanes.new_empty(saved if causal and save else (0,))
 
 
@@ -194,8 +195,8 @@ def _gradients(inputs: Sequence[Any], wanted: Sequence[bool], lean: bool = False
 
 def _tokens_like(x: Tensor, *shape: int) -> Tensor:
     """A result [B, T, heads, size] of the dtype of ``x``, uninitialised; a large one in kept memory."""
-    large = math.prod(shape) * x.itemsize >= _LARGE
-    if large and type(x) is Tensor and x.device.type == "cpu" and not _fills_memory():
+    here = type(x) is Tensor and x.device.type == "cpu"  # asked first: what is compiled serves all lengths
+    if here and math.prod(shape) * x.itemsize >= _LARGE and not _fills_memory():
         capsule = cpu_library.load().lend(shape, *_DLPACK[x.dtype])
         if capsule is not None:
             return torch.utils.dlpack.from_dlpack(capsule)
@@ -219,6 +220,9 @@ def run_length(buckets: int) -> int:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = _forward_results(*arguments)
+    (batch, length, *_), hyperplanes, packed = arguments[0].shape, arguments[3], arguments[7] is not None
+    runs = -(-length // run_length(hyperplanes.shape[1] << hyperplanes.shape[2]))
+    results[3][0 if packed else batch * max(runs - 1, 0) :].zero_()  # what is not used is the same each time, too
     _call_forward(_verified(arguments[:12]), arguments[12], results)
     return results
 
