@@ -23,8 +23,6 @@ pytestmark = KERNELS_RUN
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FLOAT32, FLOAT16) if INTERPRETED else (FLOAT32, FLOAT16, BFLOAT16)
 
-#: What a kernel of each file does, in the fewest cases; the rest of the table is slow in the interpreter.
-QUICK = ("causal-packed-all", "causal-decay-token", "causal-grouped", "full-packed-cross", "full-state", "full-masked")
 #: Buckets in several tiles; D past 128, scaled as a layer would: at scale 1 every tanh of 200 terms saturates, and
 #: 1 - tanh(y)**2 magnifies the rounding of y past any float32 budget.
 WIDE: dict[str, dict[str, Any]] = {
@@ -46,13 +44,8 @@ WIDE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def marked(names: Any) -> list[Any]:
-    slow = [] if not INTERPRETED else [pytest.mark.slow]
-    return [pytest.param(n, marks=[] if n in QUICK else slow) for n in names]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", marked([n for n in {**CASES, **LONG_CASES} if "bucket" not in n]))
+@pytest.mark.parametrize("case", [n for n in {**CASES, **LONG_CASES} if "bucket" not in n])
 def test_equals_the_oracle(case: str, dtype: torch.dtype) -> None:
     if INTERPRETED and dtype == FLOAT16 and case != "causal-packed-all":
         pytest.skip("float16 differs from float32 in the loads alone: one case in the interpreter")
@@ -61,7 +54,7 @@ def test_equals_the_oracle(case: str, dtype: torch.dtype) -> None:
     assert_equal_results(evaluate(whole, inputs, backend="triton"), expected(case, dtype), dtype)
 
 
-@pytest.mark.parametrize("case", [pytest.param(n, marks=[pytest.mark.slow] * INTERPRETED) for n in WIDE])
+@pytest.mark.parametrize("case", WIDE)
 @pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES, ids=str)
 def test_wide_shapes_equal_the_oracle(case: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(**WIDE[case], dtype=dtype, device=DEVICE, requires_grad=True, seed=len(case))

@@ -84,16 +84,14 @@ def inputs_of(case: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case", [pytest.param(n, marks=[pytest.mark.slow] * (INTERPRETED and n == "many-buckets")) for n in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_equals_the_oracle(case: str, dtype: torch.dtype, short_runs: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(case, dtype)
     right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
 
 
-@pytest.mark.parametrize("case", ["every-option", pytest.param("packed", marks=[pytest.mark.slow] * INTERPRETED)])
+@pytest.mark.parametrize("case", ["every-option", "packed"])
 def test_segments_change_nothing(case: str, short_runs: pytest.MonkeyPatch) -> None:
     """Neither how many there are, nor a repeat: equal to the bit."""
     inputs = inputs_of(case, FLOAT32)
