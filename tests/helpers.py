@@ -299,13 +299,15 @@ def evaluate(route: Route, inputs: Inputs, **how: Any) -> dict[str, Tensor]:
 
 
 class Right(dict[str, Tensor]):
-    """What the oracle says, float64; and of two sums over all tokens, which may cancel, how large the terms are.
+    """What the oracle says, float64; and of three sums over all tokens, which may cancel, how large the terms are.
 
     Soft buckets that are rounded to 16 bits move each token's term by a part of its own size, whatever else is exact:
     the sum then moves by that part of the root of the terms' sum of squares, and not of itself. With bfloat16 buckets
     and float64 for all else, the gradient of beta in the case "one-token-short" of test_triton_causal_gradients.py,
     terms of 1.0 that add up to 0.015, is 1.6 % off, which is 0.03 % of the terms; the value sums of "one-plane" in
-    test_triton_causal.py, terms of 7.6 that add up to 3.5, are 0.51 % off, 0.23 % of the terms.
+    test_triton_causal.py, terms of 7.6 that add up to 3.5, are 0.51 % off, 0.23 % of the terms. A log_decay given by
+    head is in a query's output as often as there are tokens from a key to it: in the case "edges", "all" of
+    test_triton_packed.py (seed 4) queries add 128, which come to 51 and -6.
 
     Attributes:
         terms: the root of the sum of squares of what tokens add, by the name of the result.
@@ -323,8 +325,20 @@ def by_oracle(inputs: Inputs, asked: Callable[[Any, Inputs], Any] = lambda resul
         inputs: of the oracle, of any dtype.
         asked: what of its output and state the results are.
     """
-    of_beta, of_sums = [torch.zeros(())], [torch.zeros(())]
-    sides, final_state = testing._side_probabilities, testing._Run.final_state
+    of_beta, of_sums, of_decay = [torch.zeros(())], [torch.zeros(())], [torch.zeros(())]
+    sides, final_state, start = testing._side_probabilities, testing._Run.final_state, testing._Run.__init__
+
+    def for_each_query(run: testing._Run, *arguments: Any) -> None:
+        """A head's decay is in a pair's weight as often as there are tokens from the key to the query or the end."""
+        start(run, *arguments)
+        if not arguments[5].requires_grad:
+            return
+        token = torch.arange(run.left_BKG.shape[1], device=run.left_BKG.device)
+        between = (token[:, None] - token)[..., None]
+        pairs, left = run.weight_BQKG.detach() * between, run.left_BKG.detach() * between[-1:, :]
+        run.weight_BQKG.register_hook(lambda gradient: of_decay.append((gradient * pairs).sum(2).square().sum().cpu()))
+        if run.left_BKG.requires_grad:
+            run.left_BKG.register_hook(lambda gradient: of_decay.append((gradient * left).square().sum().cpu()))
 
     def for_each_token(x: Tensor, planes: Tensor, beta: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         share = x.shape[2] // planes.shape[0]
@@ -342,9 +356,12 @@ def by_oracle(inputs: Inputs, asked: Callable[[Any, Inputs], Any] = lambda resul
     with (
         mock.patch.object(testing, "_side_probabilities", for_each_token),
         mock.patch.object(testing._Run, "final_state", with_terms),
+        mock.patch.object(testing._Run, "__init__", for_each_query),
     ):
         results = evaluate(lambda x: asked(oracle(**x, return_state=True), x), in_double(inputs))
     terms = {"gradient of beta": of_beta, "value_sum": of_sums}
+    if inputs.get("log_decay") is not None and inputs["log_decay"].ndim == 1:
+        terms["gradient of log_decay"] = of_decay
     return Right(results, {name: float(sum(squares)) ** 0.5 for name, squares in terms.items()})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,6 +24,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "half-a-chunk": {"tokens": 64},
     "one-token-over": {"tokens": 129, "decay": "token"},
     "one-token-short": {"tokens": 255, "decay": "head", "planes": 1, "tables": 3},
+    "a-head": {"tokens": 300, "decay": "head", "heads": 4, "kv_heads": 2},
+    "full-tile-stretches": {"tokens": 270, "planes": 4, "tables": 4, "decay": "token"},
     "full-tile": {"tokens": 200, "planes": 4, "tables": 4, "heads": 2, "kv_heads": 1, "decay": "token"},
     "three-planes": {"tokens": 130, "planes": 3, "tables": 3, "heads": 4, "kv_heads": 2, "decay": "token"},
     "batch": {"batch": 2, "tokens": 140, "masked": 0.3, "decay": "token", "initial_state": True},
@@ -59,6 +61,27 @@ def _check(options: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("runs")
 def test_equals_the_oracle(shape: str, dtype: torch.dtype) -> None:
     _check(SHAPES[shape], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["head", "token"])
+@pytest.mark.parametrize("log_decay", [-0.1, -1.0])
+def test_decay_gradient_of_a_long_run(
+    log_decay: float, form: Literal["head", "token"], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a difference of sums that grow with the run, by what is rounded once for queries and once for keys."""
+    from race_attention.backends.triton import plan, replay
+
+    monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
+    replay.forget()
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=300 if INTERPRETED else 4000, heads=1, dim=64, decay=form, dtype=dtype,
+        device=DEVICE, scale=0.125, seed=3, requires_grad=True,
+    )  # fmt: skip
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], log_decay).requires_grad_()
+    right = by_oracle(inputs)
+    assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
+    replay.forget()
 
 
 @pytest.mark.usefixtures("runs")

@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "decay": {"decay": "token", "masked": 0.2},
     "at-once": {"planes": 4, "tables": 4, "masked": 0.2},
     "groups": {"planes": 3, "tables": 3, "heads": 4, "kv_heads": 2},
-    "all": {"planes": 4, "tables": 4, "heads": 4, "kv_heads": 2, "decay": "token", "value_dim": 9, "masked": 0.2},
+    "all": {"planes": 4, "tables": 4, "heads": 4, "kv_heads": 2, "decay": "head", "value_dim": 9, "masked": 0.2},
 }
 
 

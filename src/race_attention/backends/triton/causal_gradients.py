@@ -322,6 +322,8 @@ def query_gradient_kernel(
                     if JOINED:
                         grad_phi = tl.where(from_before, grad_phi, 0.0)
                     grad_phi = tl.dot(do, bfloat16_of(sums), grad_phi)
+                    if HAS_DECAY:  # the keys' kernel has its own share of the pair, and what is left over adds up
+                        grad_phi = tl.dot(do, bfloat16_of(sums - bfloat16_of(sums).to(tl.float32)), grad_phi)
         else:
             grad_phi = sums_dot(do, sums, C, VP, SP, TALL, PRECISION)
         seen_now = seen.to(tl.float32)
@@ -562,6 +564,8 @@ def key_gradient_kernel(
                     if JOINED:
                         grad_phi = tl.where(from_chunk, grad_phi, 0.0)
                     grad_phi = tl.dot(v, near, grad_phi)
+                    if HAS_DECAY:
+                        grad_phi = tl.dot(v, bfloat16_of(grads - near.to(tl.float32)), grad_phi)
             grad_phi += grad_mass[None, :]
         else:
             grad_phi = sums_dot(v, grads, C, VP, SP, TALL, PRECISION) + grad_mass[None, :]

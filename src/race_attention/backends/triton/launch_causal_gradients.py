@@ -61,7 +61,8 @@ def backward(
     if _few_blocks(p, runs):
         sums.blocks = of_beta
     else:
-        _finish(p, runs, kept, after, at_the_end(p, final, grad_final), decay, of_beta, of_keys[1])
+        ends = at_the_end(p, final, grad_final)
+        _finish(p, runs, kept, after, ends, decay, of_beta, of_keys[1], (inner_after, *masses))
     return dq, dk, dv, decay, initial
 
 
@@ -83,7 +84,7 @@ def _backward_at_once(
     if _few_blocks(p, runs):
         sums.blocks, sums.of_both = of_beta, True
     else:
-        _finish(p, runs, kept, after, p.beta, no_decay, of_beta, of_queries[1])
+        _finish(p, runs, kept, after, p.beta, no_decay, of_beta, of_queries[1], (inner_after, mass_after, p.beta))
     return dq, dk, dv, no_decay, initial
 
 
@@ -289,16 +290,31 @@ def _few_blocks(p: Problem, runs: plan.Runs) -> bool:
 
 def _finish(
     p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, at_the_end: Tensor, of_keys: Tensor, of_beta: Tensor,
-    beta_parts: Tensor,
+    beta_parts: Tensor, behind: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """The gradient of log_decay in the place of ``of_keys``; of beta's gradient the runs' parts."""
+    """The gradient of log_decay in the place of ``of_keys``; of beta's gradient the runs' parts.
+
+    ``behind`` are the gradients of value sums and masses inside runs, and the log decays.
+    """
     blocks, shape = _blocks(p, runs), p.shape
-    if runs.count * p.groups:
+    decays = p.log_decay is not None
+    stretch = plan.STRETCHES[shape.tile] if decays and shape.chunk else plan.run_lengths(shape)[1]
+    stretches = -(-runs.length // stretch) if decays else 1
+    bounds = p.queries, runs.length, runs.per_row, p.groups, stretches
+    lengths = {"C": blocks.length, "CH": shape.chunk, "RT": stretch} | p.joined
+    crossings = p.new(max(runs.count, 1) * stretches, p.groups) if decays else of_keys
+    if not runs.count * p.groups:
+        return
+    if decays:
         start(
-            causal_adjoint.finish_kernel, (runs.count * p.groups,),
-            before, after, at_the_end, p.rows_of(runs), of_keys, of_beta, beta_parts,
-            p.queries, runs.length, runs.per_row, p.groups, S=shape.buckets, SP=shape.tile, V=shape.value_dim,
-            VP=plan.power_of_two(shape.value_dim, 16), C=blocks.length, CH=shape.chunk, RB=_longest(p, blocks),
-            RT=plan.run_lengths(shape)[1], **p.joined, HAS_DECAY=p.log_decay is not None,
-            num_warps=4,
+            causal_adjoint.crossings_kernel, (runs.count * stretches * p.groups,),
+            before, after, at_the_end, p.rows_of(runs), p.inner, p.marks, *behind, crossings,
+            *bounds, SHARE=p.share, S=shape.buckets, SP=shape.tile, SW=shape.row, V=shape.value_dim,
+            VP=plan.power_of_two(shape.value_dim, 16), **lengths, num_warps=4,
         )  # fmt: skip
+    start(
+        causal_adjoint.finish_kernel, (runs.count * stretches * p.groups,),
+        crossings, p.rows_of(runs), of_keys, of_beta, beta_parts,
+        *bounds, **lengths, RB=_longest(p, blocks), HAS_DECAY=decays, FROM_NOTHING=not p.final,
+        num_warps=4,
+    )  # fmt: skip

@@ -40,6 +40,8 @@ EXTRA_RUNS = 512
 #: CH, tokens of a chunk of 16-bit inputs, by buckets of a tile. As short as a block, no block of the gradients' has to
 #: take up another; but a state of S = 64 is then as much as a tensor's chunk, and memory bounds the few buckets.
 CHUNKS = {16: 128, 32: 64, 64: 64}
+#: Tokens over which the gradient of log_decay is added up from the state at their end, by the tile's width.
+STRETCHES = {16: 128, 32: 128, 64: 256}
 #: Causal packed sequences are cut as one row where they have fewer tokens than this on average: longer ones pay little
 #: for their states, and comparisons that stop at a sequence's beginning cost a little too (the readout of 64 buckets
 #: 1.74 ms in place of 1.21 for a million tokens, all else 1 to 4 %).
