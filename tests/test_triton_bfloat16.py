@@ -1,0 +1,57 @@
+"""The 16-bit kernels with a GPU's roundings, on a machine without one: what only these show."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from race_attention import race_attention
+from race_attention.testing import make_inputs
+from tests.helpers import assert_equal_results, by_oracle, evaluate, no_tokens, whole
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+DTYPES = (torch.float16, torch.bfloat16)
+_PACKED: dict[str, Any] = {"lengths": (63, 1, 64, 0, 15, 16, 17), "heads": 4, "kv_heads": 2, "decay": "head", "dim": 6}
+CASES: dict[str, dict[str, Any]] = {
+    "causal": {"tokens": 150, "heads": 4, "kv_heads": 2, "planes": 3, "tables": 3, "decay": "token", "masked": 0.2},
+    "causal-64": {"tokens": 150, "planes": 4, "tables": 4},
+    "packed": {**_PACKED, "planes": 4, "tables": 4, "masked": 0.2},
+    "full": {"causal": False, "tokens": 90, "keys": 70, "planes": 4, "tables": 4, "masked": 0.2},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_oracle(case: str, dtype: torch.dtype) -> None:
+    from tests.bfloat16 import as_on_a_gpu
+
+    given = {"causal": True, "batch": 1, "heads": 1, "dim": 16, "seed": 4} | CASES[case]
+    inputs = make_inputs(**given, dtype=dtype, requires_grad=True)
+    right = by_oracle(inputs, lambda results, x: (results[0], no_tokens(x)))
+    with as_on_a_gpu():
+        results = evaluate(lambda x, **how: (race_attention(**x, **how), no_tokens(x)), inputs, backend="triton")
+    assert_equal_results(results, right, dtype)
+    assert (results["out"].double() - right["out"]).norm() > 1e-4 * right["out"].norm()  # it rounds
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decay_gradient_of_a_long_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys round a pair differently, and what that leaves of a query's own sum adds up along a run."""
+    from race_attention.backends.triton import plan
+    from tests.bfloat16 import as_on_a_gpu
+
+    monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=700, heads=1, dim=16, scale=0.25, decay="head", dtype=dtype, seed=1,
+        requires_grad=True,
+    )  # fmt: skip
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -0.1).requires_grad_()
+    right = by_oracle(inputs)
+    with as_on_a_gpu():
+        results = evaluate(whole, inputs, backend="triton")
+    assert_equal_results(results, right, dtype)
