@@ -73,6 +73,8 @@ def block_gradient_kernel(
     place = place_of(run, batch, row, start + first, T, C, PACKED) * G + head
     ask_for(inner + place * (V * SW), V * SW * 2, ASK)
     ask_for(inner_after + place * (V * SW), V * SW * 2, ASK)
+    ask_for(marks + place * (SW + 8 + VP), (SW + 8 + VP) * 4, ASK)
+    ask_for(mass_after + place * SW, SW * 4, ASK)
     state = (run.to(tl.int64) * G + head) * (S * (V + 1))
     parts = (run.to(tl.int64) * G + head) * (2 * V * SW)
     c = tl.arange(0, C)
