@@ -8,8 +8,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from race_attention.testing import make_inputs
-from tests.helpers import assert_equal_results, by_oracle, evaluate, whole
+from race_attention import race_attention
+from race_attention.testing import assert_within_budget, make_inputs
+from tests.helpers import assert_equal_results, by_oracle, evaluate, in_double, whole
 from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
@@ -97,6 +98,25 @@ def test_values_of_a_common_mean() -> None:
         for name, x in inputs.items()
     }
     assert_equal_results(evaluate(whole, inputs, backend="triton"), by_oracle(inputs), DTYPES[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("planes", "tables"), [(2, 2), (3, 3), (4, 4)])
+def test_a_decay_that_hardly_forgets(planes: int, tables: int, dtype: torch.dtype) -> None:
+    """Its gradient adds up differences of what the values' large mean gives; a state's gradient would hide that."""
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=300, heads=1, dim=16, planes=planes, tables=tables, decay="token", dtype=dtype,
+        device=DEVICE, requires_grad=True, seed=1,
+    )  # fmt: skip
+    with torch.no_grad():
+        inputs["value"] += 3.0
+        inputs["log_decay"] *= 0.01 / inputs["log_decay"].abs().mean()
+    found = []
+    for given, backend in ((inputs, "triton"), (in_double(inputs), "reference")):
+        out = race_attention(**given, backend=backend)
+        along = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        found.append(torch.autograd.grad(out, given["log_decay"], along.to(out))[0].cpu())
+    assert_within_budget(*found, dtype, "backward", name="the gradient of log_decay")
 
 
 @pytest.mark.parametrize("block", [32, 128])

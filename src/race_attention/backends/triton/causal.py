@@ -45,6 +45,7 @@ from .narrow import (
     store_mass,
     store_sums,
     taken_up,
+    taken_up_fully,
 )
 from .projections import store_projections
 
@@ -165,11 +166,7 @@ def key_states_kernel(
             if CH > 0:
                 so_far = tl.where(goes_on, so_far, FORGOTTEN)
         phi = operand(phi, PRECISION)
-        sums = taken_up(sums, operand(v, PRECISION), phi, False, PRECISION)
-        if HAS_DECAY and PRECISION == "bf16" and v.dtype == tl.float16:
-            # Three bits more: at a run's end log_decay's gradient is anchored at the state, and goes on with v itself.
-            rest = v.to(tl.float32) - operand(v, PRECISION).to(tl.float32)
-            sums = taken_up(sums, operand(rest, PRECISION), phi, False, PRECISION)
+        sums = taken_up_fully(sums, v, phi, HAS_DECAY, False, PRECISION)
         # Of the rounded weights: mass and sums stay consistent.
         if TILED:
             mass += phi.to(tl.float32)

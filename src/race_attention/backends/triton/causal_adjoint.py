@@ -33,7 +33,7 @@ from .narrow import (
     store_hash_gradient,
     store_mass,
     store_sums,
-    taken_up,
+    taken_up_fully,
 )
 
 NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "xb", "xt", "xh", "ob", "ot", "oh", "gb", "gt", "gh"]
@@ -128,7 +128,7 @@ def adjoint_kernel(
             grads = tl.where(begin < 0, grads, 0.0)
             if MASSES:
                 of_mass = tl.where(begin < 0, of_mass, 0.0)
-        grads = taken_up(grads, operand(do, PRECISION), seen, False, PRECISION)
+        grads = taken_up_fully(grads, do, seen, HAS_DECAY, False, PRECISION)
         if MASSES:
             o = row_block(outs, H * V, t, 0, here, C, V, VP, ALIGNED, DESCRIBED)
             same = anew(c)[:, None] == c[None, :]

@@ -43,6 +43,7 @@ from .narrow import (
     load_sums,
     rows_at,
     taken_up,
+    taken_up_fully,
     unhashed,
 )
 from .projections import load_projections
@@ -285,7 +286,7 @@ def query_gradient_kernel(
             if HAS_DECAY:
                 left = tl.exp2(faded - fades_at(fades, t, here, C, 0.0))
                 phi_left = operand(phi_left.to(tl.float32) * left[:, None], PRECISION)
-            sums = taken_up(sums, operand(v, PRECISION), phi_left, False if SPLIT else TALL, PRECISION)
+            sums = taken_up_fully(sums, v, phi_left, HAS_DECAY, False if SPLIT else TALL, PRECISION)
             mass += tl.sum(phi_left.to(tl.float32), 0)
 
     FINE: tl.constexpr = N < 16 or PRECISION == "ieee" or value.dtype.element_ty != tl.bfloat16
@@ -510,7 +511,7 @@ def key_gradient_kernel(
                     if HAS_DECAY:
                         since = tl.exp2(fades_at(fades, t, here, C, NEVER) - faded)
                         seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
-                    grads = taken_up(grads, operand(do, PRECISION), seen, TALL, PRECISION)
+                    grads = taken_up_fully(grads, do, seen, HAS_DECAY, TALL, PRECISION)
 
     FINE: tl.constexpr = N < 16 or PRECISION == "ieee" or value.dtype.element_ty != tl.bfloat16
     hashes = load_unhash(planes, group, L, P, D, DP, N, FINE, PRECISION)

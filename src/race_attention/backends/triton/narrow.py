@@ -219,6 +219,19 @@ def taken_up(sums, rows, weights, TALL: tl.constexpr, PRECISION: tl.constexpr):
         return add_dot(sums, tl.trans(rows), weights, PRECISION)
 
 
+@triton.jit
+def taken_up_fully(sums, rows, weights, FULLY: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr):
+    """The same of rows as given. FULLY, with the three bits that float16 has more than bfloat16.
+
+    A log decay's gradient needs those: it adds up differences of what a mean of all values, or grad_outs, gives.
+    """
+    sums = taken_up(sums, operand(rows, PRECISION), weights, TALL, PRECISION)
+    if FULLY and PRECISION == "bf16" and rows.dtype == tl.float16:
+        rest = rows.to(tl.float32) - operand(rows, PRECISION).to(tl.float32)
+        sums = taken_up(sums, operand(rest, PRECISION), weights, TALL, PRECISION)
+    return sums
+
+
 # --------------------------------------------------------------------------------------------- soft buckets
 
 
