@@ -15,11 +15,15 @@ from .start import start
 SCAN_RUNS, SCAN_ELEMENTS = 64, 32
 #: Where a row has no more runs than this, as most packed sequences have: likewise.
 FEW_RUNS, FEW_RUNS_ELEMENTS = 8, 256
+#: And where rows are many and most have one: packed sequences, and batches of short ones.
+ROW_RUNS, ROW_ELEMENTS = 4, 512
 
 
 def _tile(runs: plan.Runs) -> tuple[int, int]:
     """Runs and elements that a program takes at a time."""
-    if (runs.table is not None or runs.per_row <= FEW_RUNS) and FEW_RUNS < SCAN_RUNS:
+    if runs.table is not None or runs.per_row == 1:
+        return ROW_RUNS, ROW_ELEMENTS
+    if runs.per_row <= FEW_RUNS < SCAN_RUNS:
         return FEW_RUNS, FEW_RUNS_ELEMENTS
     return SCAN_RUNS, SCAN_ELEMENTS
 

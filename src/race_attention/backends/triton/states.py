@@ -53,25 +53,34 @@ def scan_kernel(
     if CAUSAL:
         very_first = first + (count - 1 if REVERSE else 0)
         tl.store(before + (very_first * G + head) * size + e, carry.to(tl.float32), mask=here & (e * 0 < count))
-    for r in range(0, count, RT):
-        run = first + (count - 1 - r - i if REVERSE else r + i)
-        inside = (r + i < count)[:, None] & here[None, :]
-        x = tl.zeros([RT, E], tl.float64)
+    if count == 1:  # as most packed sequences have: in a tile the other RT - 1 would be worked out for nothing
+        x = tl.zeros([E], tl.float64)
         for share in range(SHARE):
-            source = states + ((run * G + head) * SHARE + share)[:, None] * size + e[None, :]
-            x += tl.load(source, mask=inside, other=0.0).to(tl.float64)
+            source = states + ((first * G + head) * SHARE + share) * size + e
+            x += tl.load(source, mask=here, other=0.0).to(tl.float64)
         if HAS_DECAY:
-            log_kept = tl.load(totals + run * G + head, mask=r + i < count, other=0.0)
-            kept = tl.zeros([RT, E], tl.float64) + tl.exp(log_kept)[:, None]
-            all_kept, all_sum = tl.associative_scan((kept, x), 0, _then)
-            after = all_kept * carry[None, :] + all_sum
-        else:
-            after = carry[None, :] + tl.cumsum(x, 0)
-        if CAUSAL:  # the state after a run is the state before the next: written one run further on
-            next_run = run + (-1 if REVERSE else 1)
-            target = before + (next_run * G + head)[:, None] * size + e[None, :]
-            tl.store(target, after.to(tl.float32), mask=inside & (r + i + 1 < count)[:, None])
-        carry = tl.sum(tl.where((i == RT - 1)[:, None], after, 0.0), 0)
+            carry *= tl.exp(tl.load(totals + first * G + head))
+        carry += x
+    else:
+        for r in range(0, count, RT):
+            run = first + (count - 1 - r - i if REVERSE else r + i)
+            inside = (r + i < count)[:, None] & here[None, :]
+            x = tl.zeros([RT, E], tl.float64)
+            for share in range(SHARE):
+                source = states + ((run * G + head) * SHARE + share)[:, None] * size + e[None, :]
+                x += tl.load(source, mask=inside, other=0.0).to(tl.float64)
+            if HAS_DECAY:
+                log_kept = tl.load(totals + run * G + head, mask=r + i < count, other=0.0)
+                kept = tl.zeros([RT, E], tl.float64) + tl.exp(log_kept)[:, None]
+                all_kept, all_sum = tl.associative_scan((kept, x), 0, _then)
+                after = all_kept * carry[None, :] + all_sum
+            else:
+                after = carry[None, :] + tl.cumsum(x, 0)
+            if CAUSAL:  # the state after a run is the state before the next: written one run further on
+                next_run = run + (-1 if REVERSE else 1)
+                target = before + (next_run * G + head)[:, None] * size + e[None, :]
+                tl.store(target, after.to(tl.float32), mask=inside & (r + i + 1 < count)[:, None])
+            carry = tl.sum(tl.where((i == RT - 1)[:, None], after, 0.0), 0)
     if not CAUSAL:
         tl.store(before + (row.to(tl.int64) * G + head) * size + e, carry.to(tl.float32), mask=here)
     if HAS_OUT:
