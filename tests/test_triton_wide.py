@@ -102,11 +102,12 @@ def test_segments_change_nothing(case: str, short_runs: pytest.MonkeyPatch) -> N
         assert torch.equal(value, several[name]), name
 
 
-def test_a_decay_that_forgets_within_a_block(short_runs: pytest.MonkeyPatch) -> None:
-    """Its inverse over the tokens of a block is infinite."""
+@pytest.mark.parametrize(("planes", "tables"), [(3, 9), (6, 2)])
+def test_a_decay_that_forgets_within_a_block(planes: int, tables: int, short_runs: pytest.MonkeyPatch) -> None:
+    """Its inverse over the tokens of a block is infinite, and so it would be for what lies past the last token."""
     inputs = make_inputs(
-        causal=True, batch=1, tokens=61, heads=1, dim=16, value_dim=2, scale=0.3, planes=3, tables=9, device=DEVICE,
-        requires_grad=True,
+        causal=True, batch=1, tokens=61, heads=1, dim=16, value_dim=2, scale=0.3, planes=planes, tables=tables,
+        device=DEVICE, requires_grad=True,
     )  # fmt: skip
     decay = torch.full((1, 61, 1), -0.1, device=DEVICE)
     decay[:, 33:48] = -8.0

@@ -194,7 +194,7 @@ def query_gradient_kernel(
         rows = operand(load_columns(value, vt, u, inside, 0, V, CK, VP, ALIGNED), PRECISION)
         along = dot(do, tl.trans(rows), PRECISION)
         along = (along - delta[:, None]) * inverse[:, None]
-        past = (t + c)[:, None] >= j[None, :]
+        past = ((t + c)[:, None] >= j[None, :]) & queries[:, None]  # past the end a decay would grow
         if HAS_DECAY:
             whole, part = load_ages(ages, lines, G, group, line + u - start, j < end, CK, PRECISION)
             along *= weights(past, q_whole[:, None], q_part[:, None], whole[None, :], part[None, :], PRECISION)
