@@ -371,6 +371,17 @@ def expected(case: str, dtype: torch.dtype) -> Right:
     return by_oracle(inputs_of(case, dtype))
 
 
+def assert_decay_gradient(inputs: Inputs, dtype: torch.dtype) -> None:
+    """log_decay's gradient of out alone, on the kernels of a GPU: a state's would hide what small weights are worth."""
+    found = []
+    for given, backend in ((inputs, "triton"), (in_double(inputs), "reference")):
+        out = race_attention(**given, backend=backend)
+        assert isinstance(out, Tensor)
+        along = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        found.append(torch.autograd.grad(out, given["log_decay"], along.to(out))[0].cpu())
+    assert_within_budget(*found, dtype, "backward", name="the gradient of log_decay")
+
+
 def assert_equal_results(actual: dict[str, Tensor], right: dict[str, Tensor], dtype: torch.dtype) -> None:
     assert actual.keys() == right.keys()
     for name, value in right.items():

@@ -10,7 +10,7 @@ import torch
 
 from race_attention import race_attention
 from race_attention.testing import make_inputs
-from tests.helpers import assert_equal_results, by_oracle, evaluate, no_tokens, whole
+from tests.helpers import assert_decay_gradient, assert_equal_results, by_oracle, evaluate, no_tokens, whole
 
 pytest.importorskip("triton")
 
@@ -55,3 +55,20 @@ def test_decay_gradient_of_a_long_run(dtype: torch.dtype, monkeypatch: pytest.Mo
     with as_on_a_gpu():
         results = evaluate(whole, inputs, backend="triton")
     assert_equal_results(results, right, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("planes", "decay", "mean"), [(2, -0.01, 3.0), (6, -2.0, 0.0)])
+def test_decay_gradient_of_out_alone(planes: int, decay: float, mean: float, dtype: torch.dtype) -> None:
+    """What values' mean gives cancels, and a token's own weight, of which all others are a part, is left out."""
+    from tests.bfloat16 import as_on_a_gpu
+
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=150, heads=1, dim=16, planes=planes, tables=2, decay="token", dtype=dtype, seed=1,
+        requires_grad=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        inputs["value"] += mean
+        inputs["log_decay"] *= decay / inputs["log_decay"].mean()
+    with as_on_a_gpu():
+        assert_decay_gradient(inputs, dtype)

@@ -8,9 +8,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from race_attention import race_attention
-from race_attention.testing import assert_within_budget, make_inputs
-from tests.helpers import assert_equal_results, by_oracle, evaluate, in_double, whole
+from race_attention.testing import make_inputs
+from tests.helpers import assert_decay_gradient, assert_equal_results, by_oracle, evaluate, whole
 from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
@@ -111,12 +110,7 @@ def test_a_decay_that_hardly_forgets(planes: int, tables: int, dtype: torch.dtyp
     with torch.no_grad():
         inputs["value"] += 3.0
         inputs["log_decay"] *= 0.01 / inputs["log_decay"].abs().mean()
-    found = []
-    for given, backend in ((inputs, "triton"), (in_double(inputs), "reference")):
-        out = race_attention(**given, backend=backend)
-        along = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-        found.append(torch.autograd.grad(out, given["log_decay"], along.to(out))[0].cpu())
-    assert_within_budget(*found, dtype, "backward", name="the gradient of log_decay")
+    assert_decay_gradient(inputs, dtype)
 
 
 @pytest.mark.parametrize("block", [32, 128])

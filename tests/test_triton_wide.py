@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from race_attention.testing import make_inputs, oracle
-from tests.helpers import assert_equal_results, evaluate, in_double, whole
+from tests.helpers import assert_decay_gradient, assert_equal_results, evaluate, in_double, whole
 from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
@@ -114,6 +114,19 @@ def test_a_decay_that_forgets_within_a_block(planes: int, tables: int, short_run
     inputs["log_decay"] = decay.requires_grad_()
     right = evaluate(lambda given: oracle(**given, return_state=True), in_double(inputs))
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", [-1.0, -10.0])
+def test_a_decay_that_leaves_hardly_anything(decay: float, dtype: torch.dtype, short_runs: pytest.MonkeyPatch) -> None:
+    """By halves a token's own weight, of which all others are a small part, is not in the gradient of its decay."""
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=90, heads=1, dim=16, planes=6, tables=2, beta=2.0, decay="token", dtype=dtype,
+        device=DEVICE, requires_grad=True, seed=4,
+    )  # fmt: skip
+    with torch.no_grad():
+        inputs["log_decay"].fill_(decay)
+    assert_decay_gradient(inputs, dtype)
 
 
 def test_lengths_as_they_are() -> None:

@@ -90,13 +90,14 @@ def backward(
     decay = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
     parts, adjoints = (p.new(max(runs.count, 1), p.groups, p.shape.state_size) for _ in range(2))
     deltas = p.new(p.batch, p.heads, p.queries)
+    of_query = torch.empty_like(deltas) if p.log_decay is not None else p.beta
     totals = _totals(p, runs)
     segments = Segments(p, runs, totals)
     query_parts, key_parts = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
     for segment in segments:
         if segment.halves.used:
             between = segment.between_keys(parts)
-            segment.query_gradients(kept, between, deltas, dq, query_parts, sums.need_planes)
+            segment.query_gradients(kept, between, deltas, of_query, dq, query_parts, sums.need_planes)
         else:
             grad_phi = segment.query_buckets_gradient(kept, segment.between_keys(parts), deltas)
             segment.feature_gradients(False, grad_phi, dq, query_parts, sums.need_planes)
@@ -114,5 +115,5 @@ def backward(
             grad_phi = segment.key_buckets_gradient(after, between, deltas)
             segment.feature_gradients(True, grad_phi, dk, key_parts, sums.need_planes)
         if p.log_decay is not None:
-            segment.decay_gradient(kept, after, end, of_key, decay)
+            segment.decay_gradient(kept, after, end, of_key, of_query, decay)
     return dq, dk, dv, decay, initial

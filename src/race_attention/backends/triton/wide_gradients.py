@@ -348,14 +348,17 @@ def feature_gradients_kernel(
 
 @kernel
 def decay_gradient_kernel(
-    table, before, after, at_the_end, of_key, grad_decay,
+    table, before, after, at_the_end, of_key, of_query, grad_decay,
     first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SIZE: tl.constexpr, PARTS: tl.constexpr, E: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    SIZE: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, SHARE: tl.constexpr, E: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """grad_log_decay of a run, from its last token to its first (programs: runs * G).
 
     As in :func:`race_attention.backends.triton.causal.key_gradient_kernel`: <state, its gradient> at the end of the
     run, minus the sum of phi_k . grad phi_k from the token on, which :func:`value_gradient_kernel` left in PARTS.
+    HALVES, of the pairs of a key and a later query on both sides: phi_q . grad phi_q is 0 in all, so that a token's own
+    weight times its gradient is what all others are worth; where they are hardly anything that is all rounding.
     """
     run = first + tl.program_id(0) // G
     group = tl.program_id(0) % G
@@ -378,5 +381,9 @@ def decay_gradient_kernel(
         terms = tl.zeros([C], tl.float32)
         for part in range(PARTS):
             terms += tl.load(at + part * lines * G, mask=t + c < end, other=0.0)
+        if HALVES:
+            for share in range(SHARE):
+                of_head = of_query + ((batch * G + group) * SHARE + share) * T
+                terms -= tl.load(of_head + t + c, mask=t + c < end, other=0.0)
         tl.store(grad_decay + (t + c) * G, crossing - tl.cumsum(terms, 0, reverse=True), mask=t + c < end)
         crossing -= tl.sum(terms, 0)

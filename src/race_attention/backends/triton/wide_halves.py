@@ -127,7 +127,7 @@ def store_grad_y(base, stride, here, of_y, C: tl.constexpr, N: tl.constexpr):
 @kernel
 def query_gradient_kernel(
     query, features_k, value, grad_out, out, residual, key_mask, planes, beta, deltas, inverses, ages, boundaries,
-    table, before, local, local_mass, grad_query, grad_y, beta_parts,
+    table, before, local, local_mass, grad_query, grad_y, beta_parts, of_query,
     qb: tl.int64, qt: tl.int64, qh: tl.int64,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
@@ -141,7 +141,8 @@ def query_gradient_kernel(
     """grad_query of a block of queries, contiguous [B, T, H, D] (programs: runs * blocks * H).
 
     It leaves ``deltas``, grad_out . out, [B, H, T], and with NEED_PLANES the gradients of projections too, ``grad_y``
-    [lines, H, N]. ``beta_parts`` [runs * blocks, H] are of beta.
+    [lines, H, N]. ``beta_parts`` [runs * blocks, H] are of beta. With decay ``of_query`` [B, H, T] is the sum, over the
+    keys before a query, of the weight times its gradient.
     """
     H = G * SHARE
     head, run, batch, row, start, end, line, t = block_of(
@@ -183,9 +184,13 @@ def query_gradient_kernel(
         s = at + tl.arange(0, SB)
         value_sum, mass = load_between(state, local, local_mass, kept, sub > start, s, v, S, V)
         d_phi = fine_dot(do, tl.trans(value_sum), PRECISION) - delta[:, None] * mass[None, :]
+        d_phi *= scale[:, None] * phi
         choice = tl.trans(corners_of(at, 0, SB, P, N, PRECISION))
-        of_logs = add_sums(of_logs, d_phi * scale[:, None] * phi, choice, PRECISION)
+        of_logs = add_sums(of_logs, d_phi, choice, PRECISION)
 
+    if HAS_DECAY:  # of each table the sum over one plane's sides is that over the buckets
+        n = tl.arange(0, 2 * N) % N
+        terms = tl.sum(tl.where((n % P == 0)[None, :], of_logs, 0.0), 1)
     halves = halves_of(logs, queries, C, L, P, PL, N, HW, LIFT, PRECISION)
     grads = zeros_of(L, C, HW)
     for u in range(sub, tl.minimum(t + C, end), CK):
@@ -201,6 +206,10 @@ def query_gradient_kernel(
         along = tl.where(past, along, 0.0)
         of_k = features_k + (u - start) * (G * FW)
         score, grads = compared(halves, grads, along, of_k, G * FW, j < end, C, CK, L, HW, PRECISION)
+        if HAS_DECAY:  # but for its own key, see decay_gradient_kernel
+            terms += tl.sum(tl.where((t + c)[:, None] > j[None, :], along * score, 0.0), 1)
+    if HAS_DECAY:
+        tl.store(of_query + query_at, terms, mask=queries)
     of_logs = add_halves(of_logs, halves, grads, L, P, PL, N, HW, PRECISION)
     program = (tl.program_id(0) // H).to(tl.int64) * H + head
     of_y, of_beta = projection_gradients(of_logs, y, b, C, N, PRECISION)
@@ -227,7 +236,8 @@ def key_gradient_kernel(
     """grad_key and grad_value of a block of keys, contiguous (programs: runs * blocks * G).
 
     ``after`` is the gradient of the state after each run, ``local`` what the queries of the later sub-runs add to it.
-    With decay also phi_k . grad phi_k, [lines, G]. The rest as :func:`query_gradient_kernel`.
+    With decay also ``of_key`` [lines, G], the same as ``of_query`` over the queries after a key. The rest as
+    :func:`query_gradient_kernel`.
     """
     H = G * SHARE
     group, run, batch, row, start, end, line, t = block_of(
@@ -296,7 +306,7 @@ def key_gradient_kernel(
         score, grads = compared(halves, grads, along, of_q, H * FW, queries, C, CK, L, HW, PRECISION)
         dv = add_dot(dv, operand(score * weight, PRECISION), do, PRECISION)
         if HAS_DECAY:
-            terms += tl.sum(along * score, 1)
+            terms += tl.sum(tl.where((t + c)[:, None] < i[None, :], along * score, 0.0), 1)
 
     to = grad_value + ((batch * T + t) * G + group) * V
     mask = keys[:, None] & (v < V)[None, :]

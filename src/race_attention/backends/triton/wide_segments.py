@@ -122,14 +122,17 @@ class Segment:
         )  # fmt: skip
         return ages, boundaries
 
-    def decay_gradient(self, before: Tensor, after: Tensor, end: Tensor, of_key: Tensor, result: Tensor) -> None:
-        """The gradient of log_decay, from what :meth:`value_gradient` returned."""
+    def decay_gradient(
+        self, before: Tensor, after: Tensor, end: Tensor, of_key: Tensor, of_query: Tensor, result: Tensor
+    ) -> None:
+        """The gradient of log_decay, from what :meth:`value_gradient` or both gradients by halves left."""
         p = self.p
         t, run, _, per_row, groups = self._lengths
         start(
             wide_gradients.decay_gradient_kernel, (self.count * p.groups,),
-            self.table, before, after, end, of_key, result, self.first, self.lines, t, run, per_row, groups,
-            SIZE=p.shape.state_size, PARTS=of_key.shape[0], E=2048, C=128, PACKED=p.bounds is not None, num_warps=4,
+            self.table, before, after, end, of_key, of_query, result, self.first, self.lines, t, run, per_row, groups,
+            SIZE=p.shape.state_size, PARTS=of_key.shape[0], HALVES=self.halves.used, SHARE=p.share, E=2048, C=128,
+            PACKED=p.bounds is not None, num_warps=4,
         )  # fmt: skip
 
     # --------------------------------------------------------------------------------------- states
@@ -246,9 +249,10 @@ class Segment:
     # ---------------------------------------------------------------------------- gradients by halves
 
     def query_gradients(
-        self, before: Tensor, between: Between, deltas: Tensor, dq: Tensor, parts: tuple[Tensor, Tensor], planes: bool
-    ) -> None:
-        """Fills dq, parts of the parameters' gradients and ``deltas``, grad_out . out, [B, H, T]."""
+        self, before: Tensor, between: Between, deltas: Tensor, of_query: Tensor, dq: Tensor,
+        parts: tuple[Tensor, Tensor], planes: bool,
+    ) -> None:  # fmt: skip
+        """Fills dq, parts of the parameters' gradients, ``deltas``, grad_out . out, [B, H, T], and ``of_query``."""
         p, config = self.p, self.tiles.query_gradient
         assert p.grad_out is not None
         of_beta, options = self._by_halves(config, p.heads)
@@ -256,7 +260,7 @@ class Segment:
         start(
             wide_halves.query_gradient_kernel, (of_beta.numel(),),
             p.query, self.phi_k, p.value, p.grad_out, p.out, residual_of(p), self.mask, p.hyperplanes, p.beta,
-            deltas, p.inverses, *self.decay, self.table, before, *between, dq, grad_y, of_beta,
+            deltas, p.inverses, *self.decay, self.table, before, *between, dq, grad_y, of_beta, of_query,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
             NEED_PLANES=planes, RESIDUAL=has_residual(p), **options,
         )  # fmt: skip
@@ -266,7 +270,7 @@ class Segment:
         self, after: Tensor, between: Between, deltas: Tensor, dk: Tensor, dv: Tensor, parts: tuple[Tensor, Tensor],
         planes: bool,
     ) -> Tensor:  # fmt: skip
-        """Fills dk, dv and parts of the parameters' gradients; with decay phi_k . grad phi_k, [1, lines, G]."""
+        """Fills dk, dv and parts of the parameters' gradients; with decay ``of_key``, [1, lines, G]."""
         p, config = self.p, self.tiles.key_gradient
         assert p.grad_out is not None
         of_beta, options = self._by_halves(config, p.groups)
