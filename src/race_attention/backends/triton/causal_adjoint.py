@@ -173,6 +173,12 @@ def _then(kept_a, sum_a, kept_b, sum_b):
     return kept_a * kept_b, sum_a * kept_b + sum_b
 
 
+@triton.jit
+def _then_both(kept_a, sum_a, count_a, kept_b, sum_b, count_b):
+    """:func:`_then` of two sums."""
+    return kept_a * kept_b, sum_a * kept_b + sum_b, count_a * kept_b + count_b
+
+
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] in "TRNG"])
 def masses_kernel(
     mass_parts, fades, beta_blocks, table, adjoints, mass_after, fades_after, beta_parts,
@@ -345,23 +351,29 @@ def finish_kernel(
         t = first + tl.arange(0, RT)
         at_token = grad_decay + (batch * T + start + t) * G + group
         of_key = tl.load(at_token, mask=t < stop, other=0.0)
-        if JOINED:  # of the pairs of the token's own sequence; nothing comes before its first one
+        if PACKED:
+            begins = run == 0
+            if run > 0:
+                begins = tl.load(table + (run - 1) * 4) != row
+        else:
+            begins = start == 0
+        begins = begins & (stretch == 0)
+        of_begin = tl.load(crossings + tl.program_id(0) - G, mask=begins == 0, other=0.0)
+        if JOINED:  # likewise of the pairs of the token's own sequence; nothing comes before its first one
             table += start
             age = tl.load(table + t, mask=t < stop, other=0)
             following = tl.load(table + t + 1, mask=t + 1 < stop, other=0)
+            ones = tl.where(t < stop, 1.0, 0.0)
             goes_on = tl.where(following > 0, 1.0, 0.0)
-            kept, later = tl.associative_scan((goes_on, of_key), 0, _then, reverse=True)
-            ours = t >= begin_of(table, stop - 1)
-            tl.store(at_token, tl.where(age > 0, tl.where(ours, crossing, 0.0) - later, 0.0), mask=t < stop)
+            kept, later, left = tl.associative_scan((goes_on, of_key, ones), 0, _then_both, reverse=True)
+            came = tl.where((age > 0) & (t > first), 1.0, 0.0)
+            kept, earlier, passed = tl.associative_scan((came, of_key, ones), 0, _then_both)
+            change = tl.where(t >= begin_of(table, stop - 1), crossing, 0.0) - later
+            if CH > 0:
+                off = tl.where(age > t - first, of_begin, 0.0) - (change - (earlier - of_key))
+                change += off * (left / tl.maximum(left + passed - 1, 1.0))
+            tl.store(at_token, tl.where(age > 0, change, 0.0), mask=t < stop)
         else:
-            if PACKED:
-                begins = run == 0
-                if run > 0:
-                    begins = tl.load(table + (run - 1) * 4) != row
-            else:
-                begins = start == 0
-            begins = begins & (stretch == 0)
-            of_begin = tl.load(crossings + tl.program_id(0) - G, mask=begins == 0, other=0.0)
             later = crossing - tl.cumsum(of_key, 0, reverse=True)
             if CH > 0:
                 off = of_begin - crossing + tl.sum(of_key, 0)
