@@ -25,6 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -42,8 +43,18 @@ SLOW = ("causal-wide-256", "causal-wide-options", "causal-wide")
 _HEAD: dict[str, Any] = {"dim": 32, "heads": 2, "scale": 0.2}
 _GROUPED: dict[str, Any] = {**_HEAD, "heads": 4, "kv_heads": 2}
 #: Options of testing.make_inputs; ``planes_learn`` False leaves the hyperplanes out of the gradients, ``states`` False
-#: does not ask for states, which has another plan where sequences are packed. In their order, after SLOW.
+#: does not ask for states, which has another plan where sequences are packed; ``one_run`` has runs as long as calls of
+#: a million tokens have. In their order, after SLOW.
 CASES: dict[str, dict[str, Any]] = {
+    "causal-long-run": {
+        "causal": True, "batch": 1, "tokens": 300, **_GROUPED, "decay": "token", "initial_state": True, "one_run": True,
+    },
+    "causal-64-long-run": {
+        "causal": True, "batch": 1, "tokens": 300, **_HEAD, "planes": 4, "tables": 4, "decay": "head", "one_run": True,
+    },
+    "causal-joined-long-run": {
+        "causal": True, "lengths": (70, 0, 1, 3, 200), **_HEAD, "decay": "token", "states": False, "one_run": True,
+    },
     "causal-joined": {
         "causal": True, "lengths": (70, 0, 1, 3, 64, 130), **_HEAD, "decay": "token", "masked": 0.2, "states": False,
     },
@@ -120,10 +131,15 @@ def run_case(name: str, dtype: torch.dtype, repeats: int) -> None:
 def forward_and_backward(given: dict[str, Any], dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
     """A case by its options; the results of the last of its calls."""
     from benchmarks.gpu_equivalence import without_states
+    from race_attention.backends.triton import plan, replay
     from race_attention.testing import make_inputs
     from tests.helpers import evaluate, whole
 
     options = dict(given)
+    if options.pop("one_run", False):
+        replay.forget()
+        with mock.patch.object(plan, "EXTRA_RUNS", 0):
+            return forward_and_backward(options, dtype, device, repeats)
     learn, route = options.pop("planes_learn", True), whole if options.pop("states", True) else without_states
     inputs = make_inputs(**options, dtype=dtype, device=device, requires_grad=True, seed=1)
     inputs["hyperplanes"].requires_grad_(learn)
