@@ -363,15 +363,19 @@ def finish_kernel(
             table += start
             age = tl.load(table + t, mask=t < stop, other=0)
             following = tl.load(table + t + 1, mask=t + 1 < stop, other=0)
-            ones = tl.where(t < stop, 1.0, 0.0)
             goes_on = tl.where(following > 0, 1.0, 0.0)
-            kept, later, left = tl.associative_scan((goes_on, of_key, ones), 0, _then_both, reverse=True)
-            came = tl.where((age > 0) & (t > first), 1.0, 0.0)
-            kept, earlier, passed = tl.associative_scan((came, of_key, ones), 0, _then_both)
-            change = tl.where(t >= begin_of(table, stop - 1), crossing, 0.0) - later
+            change = tl.where(t >= begin_of(table, stop - 1), crossing, 0.0)
             if CH > 0:
+                ones = tl.where(t < stop, 1.0, 0.0)
+                kept, later, left = tl.associative_scan((goes_on, of_key, ones), 0, _then_both, reverse=True)
+                came = tl.where((age > 0) & (t > first), 1.0, 0.0)
+                kept, earlier, passed = tl.associative_scan((came, of_key, ones), 0, _then_both)
+                change -= later
                 off = tl.where(age > t - first, of_begin, 0.0) - (change - (earlier - of_key))
                 change += off * (left / tl.maximum(left + passed - 1, 1.0))
+            else:
+                kept, later = tl.associative_scan((goes_on, of_key), 0, _then, reverse=True)
+                change -= later
             tl.store(at_token, tl.where(age > 0, change, 0.0), mask=t < stop)
         else:
             later = crossing - tl.cumsum(of_key, 0, reverse=True)
