@@ -331,7 +331,7 @@ def by_oracle(inputs: Inputs, asked: Callable[[Any, Inputs], Any] = lambda resul
     def for_each_query(run: testing._Run, *arguments: Any) -> None:
         """A head's decay is in a pair's weight as often as there are tokens from the key to the query or the end."""
         start(run, *arguments)
-        if not arguments[5].requires_grad:
+        if not arguments[5].requires_grad or not run.left_BKG.shape[1]:
             return
         token = torch.arange(run.left_BKG.shape[1], device=run.left_BKG.device)
         between = (token[:, None] - token)[..., None]
