@@ -4,6 +4,7 @@
     python -m benchmarks.fuzz --backend triton --device cuda --small --alike 20 --seconds 200 --workers 12 --output FILE
     python -m benchmarks.fuzz --backend triton --device cuda --small --alike 20 --buckets 256 --having causal decay
     TRITON_INTERPRET=1 python -m benchmarks.fuzz --backend triton --small --cases 200
+    TRITON_INTERPRET=1 python -m benchmarks.fuzz --backend triton --small --rounding --cases 200
     python -m benchmarks.fuzz --backend cpu --only 1234          # one case again, and all its errors
 
 A seed is a case, on every machine. Each is computed by a random route (one call, segments, ranks, sequences, padding)
@@ -19,6 +20,7 @@ A case may be computed several times over, in other places of the memory: passes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -51,14 +53,21 @@ AUTOCAST = ("gradient of query", "gradient of key", "gradient of value")
 PAIRS = 600_000
 
 
-def started() -> None:
-    """What a process sets up before its first case."""
+_UNTIL_THE_END = contextlib.ExitStack()
+
+
+def started(rounding: bool = False) -> None:
+    """What a process sets up before its first case; with ``rounding`` the interpreter rounds 16 bits as a GPU does."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     if interpreter.INTERPRETED:
         warnings.simplefilter("ignore", RuntimeWarning)
         interpreter.hurry()
+    if rounding:
+        from tests.bfloat16 import as_on_a_gpu
+
+        _UNTIL_THE_END.enter_context(as_on_a_gpu())
 
 
 def checked(
@@ -106,7 +115,7 @@ def checked(
         out = {name: share for name, share in shares.items() if not share <= 1}
         if out:
             moved, width = [], dtype
-            if backend == "triton" and device != "cpu" and dtype == torch.float16:
+            if backend == "triton" and dtype == torch.float16 and _in_bfloat16(dtype):
                 width = torch.bfloat16
             for turn in range(3):
                 with rounded.arithmetic(width, turn):
@@ -153,6 +162,12 @@ def _finite(found: Tensor, right: Tensor, held: torch.dtype) -> bool:
     return bool((found.isfinite().cpu() | (right.abs() > 0.9 * torch.finfo(held).max)).all())
 
 
+def _in_bfloat16(dtype: torch.dtype) -> bool:
+    from race_attention.backends.triton import ops
+
+    return ops.precision_of(dtype) == "bf16"
+
+
 def _flow(found: dict[str, Tensor], right: helpers.Right, dtype: torch.dtype, kinds: Any) -> dict[str, float]:
     """What rounding leaves of the gradient of log_decay, which adds up and takes away terms of the outputs' size."""
     name = "gradient of log_decay"
@@ -183,6 +198,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=None)
     parser.add_argument("--small", action="store_true", help="shapes that an interpreter can do")
+    parser.add_argument("--rounding", action="store_true", help="the interpreter rounds 16 bits as a GPU does")
     parser.add_argument("--buckets", type=int, default=0, help="mostly nearly so many, in place of any number")
     parser.add_argument("--having", nargs="+", default=(), help="only groups of: packed, state, decay, mask, a dtype")
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
@@ -193,6 +209,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, default=None, help="of all rows that are not within, as JSON")
     given = parser.parse_args()
+    if given.rounding and not interpreter.INTERPRETED:
+        parser.error("--rounding is the interpreter's: TRITON_INTERPRET=1")
     how: dict[str, Any] = {"small": given.small, "alike": given.alike, "buckets": given.buckets}
     how["dtypes"] = tuple(given.dtypes or SERVED[given.backend])
     one = partial(checked, backend=given.backend, device=given.device, **how)
@@ -202,7 +220,7 @@ def main() -> None:
 
     seeds = given.only or _seeds(given.seed, given.cases, given.alike, given.workers, fits)
     end, counts, rows = time.monotonic() + given.seconds, Counter[str](), []
-    with multiprocessing.get_context("spawn").Pool(given.workers, started) as pool:
+    with multiprocessing.get_context("spawn").Pool(given.workers, started, (given.rounding,)) as pool:
         for row in pool.imap_unordered(one, seeds):
             counts[f"{row['dtype']} {row['result']}"] += 1
             if row["result"] in ("out", "error", "ill-conditioned") or given.only:
