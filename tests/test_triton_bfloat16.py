@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "causal": {"tokens": 150, "heads": 4, "kv_heads": 2, "planes": 3, "tables": 3, "decay": "token", "masked": 0.2},
     "causal-64": {"tokens": 150, "planes": 4, "tables": 4},
     "packed": {**_PACKED, "planes": 4, "tables": 4, "masked": 0.2},
+    "causal-wide": {"tokens": 90, "heads": 2, "kv_heads": 1, "planes": 3, "tables": 9, "decay": "head", "masked": 0.2},
     "full": {"causal": False, "tokens": 90, "keys": 70, "planes": 4, "tables": 4, "masked": 0.2},
 }
 
@@ -69,6 +70,28 @@ def test_decay_gradient_of_out_alone(planes: int, decay: float, mean: float, dty
     )  # fmt: skip
     with torch.no_grad():
         inputs["value"] += mean
+        inputs["log_decay"] *= decay / inputs["log_decay"].mean()
+    with as_on_a_gpu():
+        assert_decay_gradient(inputs, dtype)
+
+
+_ROUNDED: dict[str, dict[str, Any]] = {
+    "tables": {"tokens": 290, "planes": 3, "tables": 20},
+    "forgotten": {"tokens": 150, "planes": 4, "tables": 8},
+    "grouped": {"tokens": 150, "heads": 4, "kv_heads": 2, "planes": 3, "tables": 9, "dim": 7, "value_dim": 5},
+    "packed": {"lengths": (280, 1, 0, 40), "planes": 2, "tables": 40, "masked": 0.2},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "decay"), zip(_ROUNDED, (-0.3, -4.0, -1.0, -1.0), strict=True))
+def test_decay_gradient_of_many_tables(case: str, decay: float, dtype: torch.dtype) -> None:
+    """Where buckets fill tiles two tokens' weight is rounded once for both: it is in all sums before the two."""
+    from tests.bfloat16 import as_on_a_gpu
+
+    given = {"causal": True, "batch": 1, "heads": 1, "dim": 16, "seed": 1} | _ROUNDED[case]
+    inputs = make_inputs(**given, decay="token", dtype=dtype, requires_grad=True)
+    with torch.no_grad():
         inputs["log_decay"] *= decay / inputs["log_decay"].mean()
     with as_on_a_gpu():
         assert_decay_gradient(inputs, dtype)

@@ -118,11 +118,14 @@ def test_a_decay_that_forgets_within_a_block(planes: int, tables: int, short_run
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("decay", [-1.0, -10.0])
-def test_a_decay_that_leaves_hardly_anything(decay: float, dtype: torch.dtype, short_runs: pytest.MonkeyPatch) -> None:
-    """By halves a token's own weight, of which all others are a small part, is not in the gradient of its decay."""
+@pytest.mark.parametrize(("planes", "tables"), [(6, 2), (3, 20), (4, 8)])
+def test_a_decay_that_leaves_hardly_anything(
+    planes: int, tables: int, decay: float, dtype: torch.dtype, short_runs: pytest.MonkeyPatch
+) -> None:
+    """A token's own weight, of which all others are a small part, is not in the gradient of its decay."""
     inputs = make_inputs(
-        causal=True, batch=1, tokens=90, heads=1, dim=16, planes=6, tables=2, beta=2.0, decay="token", dtype=dtype,
-        device=DEVICE, requires_grad=True, seed=4,
+        causal=True, batch=1, tokens=90, heads=1, dim=16, value_dim=40, planes=planes, tables=tables, beta=2.0,
+        decay="token", dtype=dtype, device=DEVICE, requires_grad=True, seed=4,
     )  # fmt: skip
     with torch.no_grad():
         inputs["log_decay"].fill_(decay)

@@ -63,6 +63,17 @@ def _totals(p: Problem, runs: plan.Runs) -> Tensor:
     return p.beta if p.log_decay is None else p.new(max(runs.count, 1), p.groups, dtype=torch.float64)
 
 
+def _of_query(p: Problem) -> Tensor:
+    """Room for the parts of each query's sum of weights times their gradients, [B, H, T, parts], zeros."""
+    if p.log_decay is None:
+        return p.beta
+    tiles, parts = tiles_of(p.shape), 1
+    if not halves_of(p.shape, tiles.width).used:  # a sub-run's blocks, by columns, and what is before it, by buckets
+        block, _, _, columns = tiles.value_gradient[:4]
+        parts = -(-plan.SUB_RUN // block) * -(-p.shape.value_dim // columns) + tiles.width // tiles.buckets_gradient[2]
+    return p.new(p.batch, p.heads, p.queries, parts).zero_()
+
+
 def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, final mass, final value_sum, the state before each run); fills ``p.inverses``."""
     runs = _runs(p)
@@ -90,16 +101,16 @@ def backward(
     decay = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
     parts, adjoints = (p.new(max(runs.count, 1), p.groups, p.shape.state_size) for _ in range(2))
     deltas = p.new(p.batch, p.heads, p.queries)
-    of_query = torch.empty_like(deltas) if p.log_decay is not None else p.beta
     totals = _totals(p, runs)
     segments = Segments(p, runs, totals)
+    of_query = _of_query(p)
     query_parts, key_parts = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
     for segment in segments:
         if segment.halves.used:
             between = segment.between_keys(parts)
             segment.query_gradients(kept, between, deltas, of_query, dq, query_parts, sums.need_planes)
         else:
-            grad_phi = segment.query_buckets_gradient(kept, segment.between_keys(parts), deltas)
+            grad_phi = segment.query_buckets_gradient(kept, segment.between_keys(parts), deltas, of_query)
             segment.feature_gradients(False, grad_phi, dq, query_parts, sums.need_planes)
         segment.between_queries(adjoints, deltas)
     after = p.new(max(runs.count, 1), p.groups, p.shape.state_size)
@@ -111,7 +122,7 @@ def backward(
             of_key = segment.key_gradients(after, between, deltas, dk, dv, key_parts, sums.need_planes)
         else:
             segment.between_keys(parts)  # the keys' buckets
-            of_key = segment.value_gradient(after, between, deltas, dv)
+            of_key = segment.value_gradient(after, between, deltas, of_query, dv)
             grad_phi = segment.key_buckets_gradient(after, between, deltas)
             segment.feature_gradients(True, grad_phi, dk, key_parts, sums.need_planes)
         if p.log_decay is not None:

@@ -31,6 +31,7 @@ from .device import (
     store_rows,
     whole_rows,
 )
+from .narrow import hashed, load_hash
 from .wide import (
     after_sub_run,
     before_sub_run,
@@ -48,24 +49,26 @@ from .wide import (
     place,
     weights,
 )
+from .wide_features import buckets_at, side_logs
 
 
 @kernel
 def value_gradient_kernel(
     phi_q, phi_k, value, grad_out, key_mask, deltas, inverses, ages, boundaries, totals, table, after, local,
-    local_mass, grad_value, of_key,
+    local_mass, grad_value, of_key, of_query,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
     T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
     SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, QP: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """grad_value of a block of keys, contiguous [B, T, G, V] (programs: runs * blocks * G * column tiles).
 
     The mirror of :func:`readout_kernel`: ``after`` is the gradient of the state after each run, ``local`` what the
-    queries of the later sub-runs add to it. With decay also phi_k . grad phi_k, [column tiles, lines, G]: the inner
-    product of the values, and of a one, with their gradients.
+    queries of the later sub-runs add to it. With decay also the sums of the weight times its gradient, ``of_key``
+    [column tiles, lines, G] over the queries after a key, and ``of_query`` [B, H, T, QP] over the keys of this block
+    before a query, its part. Those of two tokens of a sub-run are the same numbers in both, and so cancel.
     """
     NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
@@ -105,7 +108,11 @@ def value_gradient_kernel(
     if HAS_DECAY:
         left = kept_between(end_whole, end_part, k_whole, k_part, True, PRECISION)
         dv *= left[:, None]
-        of_mass *= left
+        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
+        values = operand(load_columns(value + whole_rows(batch * vb + group * vh, ALIGNED), vt, t, inside, column,
+                                      V, C, VB, ALIGNED), PRECISION)  # fmt: skip
+        terms = tl.sum(dv * values.to(tl.float32), 1) + tl.where(column == 0, of_mass * left, 0.0)
+        piece = (t - start) % SUB // C * NV + column // VB
 
     if SW == SB:
         k = load_columns(phi_k, G * SW, 0, keys, 0, SW, C, SB, True)
@@ -133,37 +140,40 @@ def value_gradient_kernel(
         if HAS_DECAY:
             whole, part = load_ages(ages, lines, G, group, line + u - start, queries, CK, PRECISION)
             score *= weights(past, whole[None, :], part[None, :], k_whole[:, None], k_part[:, None], PRECISION)
-        score = operand(tl.where(past, score, 0.0), PRECISION)
-        dv = add_dot(dv, score, operand(rows, PRECISION), PRECISION)
-        if HAS_DECAY:
-            delta = tl.load(deltas + query_at, mask=queries, other=0.0)
-            of_mass -= tl.sum(score.to(tl.float32) * delta[None, :], 1)
+        rows = operand(rows, PRECISION)
+        dv = add_dot(dv, operand(tl.where(past, score, 0.0), PRECISION), rows, PRECISION)
+        if HAS_DECAY:  # but for a token's own key, see decay_gradient_kernel
+            delta = tl.where(column == 0, tl.load(deltas + query_at, mask=queries, other=0.0), 0.0)
+            score *= dot(values, tl.trans(rows), PRECISION) - delta[None, :]
+            score = tl.where(past & ((t + c)[:, None] < i[None, :]), score, 0.0)
+            terms += tl.sum(score, 1)
+            tl.store(of_query + query_at * QP + piece, tl.sum(score, 0), mask=queries)
 
     to = grad_value + ((batch * T + t) * G + group) * V
     mask = keys[:, None] & (v < V)[None, :]
     tl.store(to + ((c * (G * V).to(tl.int32))[:, None] + v[None, :]), dv.to(grad_value.dtype.element_ty), mask=mask)
     if HAS_DECAY:
-        inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
-        value += whole_rows(batch * vb + group * vh, ALIGNED)
-        rows = operand(load_columns(value, vt, t, inside, column, V, C, VB, ALIGNED), PRECISION)
-        terms = tl.sum(dv * rows.to(tl.float32), 1) + tl.where(column == 0, of_mass, 0.0)
         tl.store(of_key + (column // VB * lines + line + t - start + c) * G + group, terms, mask=keys)
 
 
 @kernel
 def query_buckets_gradient_kernel(
-    phi_k, value, grad_out, out, residual, key_mask, deltas, inverses, ages, boundaries, totals, table, before, local,
-    local_mass, grad_phi,
+    query, phi_k, value, grad_out, out, residual, key_mask, planes, beta, deltas, inverses, ages, boundaries, table,
+    before, local, local_mass, grad_phi, of_query,
+    qb: tl.int64, qt: tl.int64, qh: tl.int64,
     vb: tl.int64, vt: tl.int64, vh: tl.int64, ob: tl.int64, ot: tl.int64, oh: tl.int64,
     mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
     T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
     SHARE: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, RESIDUAL: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, LIFT: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, QP: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the buckets of a block of queries, [lines, H, SW] (programs: runs * blocks * H * tiles).
 
-    It leaves ``deltas``, grad_out . out, [B, H, T].
+    It leaves ``deltas``, grad_out . out, [B, H, T], and with decay the last parts of ``of_query`` [B, H, T, QP], over
+    the keys before a query's sub-run: one for each tile.
     """
     NT: tl.constexpr = SW // SB
     H = G * SHARE
@@ -201,6 +211,13 @@ def query_buckets_gradient_kernel(
         d_phi -= tl.where(at == 0, delta, 0.0)[:, None] * mass[None, :]
     if HAS_DECAY:
         d_phi *= (kept_since(q_whole, q_part, PRECISION) * inverse)[:, None]
+        of_table = tile * SB >> P
+        w = load_hash(planes, group, of_table, L, P, D, DP, N, PRECISION)
+        rows_q = load_rows(query + whole_rows(batch * qb + head * qh, ALIGNED), qt, t, queries, C, D, DP, ALIGNED)
+        logs = side_logs(hashed(rows_q, w, C, N, PRECISION), tl.load(beta + group), C, N, PRECISION)
+        q = operand(buckets_at(logs, tile * SB, of_table, C, SB, S, P, N, LIFT, PRECISION), PRECISION)
+        terms = tl.sum(d_phi * q.to(tl.float32), 1)
+        tl.store(of_query + query_at * QP + (QP - NT + tile), terms, mask=queries)
     else:
         d_phi *= inverse[:, None]
     for u in range(sub, tl.minimum(t + C, end), CK):
@@ -350,15 +367,16 @@ def feature_gradients_kernel(
 def decay_gradient_kernel(
     table, before, after, at_the_end, of_key, of_query, grad_decay,
     first: tl.int64, lines: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
-    SIZE: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, SHARE: tl.constexpr, E: tl.constexpr,
+    SIZE: tl.constexpr, PARTS: tl.constexpr, QP: tl.constexpr, SHARE: tl.constexpr, E: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """grad_log_decay of a run, from its last token to its first (programs: runs * G).
 
     As in :func:`race_attention.backends.triton.causal.key_gradient_kernel`: <state, its gradient> at the end of the
-    run, minus the sum of phi_k . grad phi_k from the token on, which :func:`value_gradient_kernel` left in PARTS.
-    HALVES, of the pairs of a key and a later query on both sides: phi_q . grad phi_q is 0 in all, so that a token's own
-    weight times its gradient is what all others are worth; where they are hardly anything that is all rounding.
+    run, minus the sum of phi_k . grad phi_k from the token on, plus that of phi_q . grad phi_q, of the pairs of a key
+    and a later query alone: ``of_key`` [PARTS, lines, G], ``of_query`` [B, H, T, QP]. The latter is 0 with its own key,
+    so that a token's own weight times its gradient is what all others are worth; where they are hardly anything that is
+    all rounding, and what two kernels round differently adds up.
     """
     run = first + tl.program_id(0) // G
     group = tl.program_id(0) % G
@@ -381,9 +399,9 @@ def decay_gradient_kernel(
         terms = tl.zeros([C], tl.float32)
         for part in range(PARTS):
             terms += tl.load(at + part * lines * G, mask=t + c < end, other=0.0)
-        if HALVES:
-            for share in range(SHARE):
-                of_head = of_query + ((batch * G + group) * SHARE + share) * T
-                terms -= tl.load(of_head + t + c, mask=t + c < end, other=0.0)
+        for share in range(SHARE):
+            of_head = of_query + (((batch * G + group) * SHARE + share) * T + t + c) * QP
+            for part in range(QP):
+                terms -= tl.load(of_head + part, mask=t + c < end, other=0.0)
         tl.store(grad_decay + (t + c) * G, crossing - tl.cumsum(terms, 0, reverse=True), mask=t + c < end)
         crossing -= tl.sum(terms, 0)

@@ -131,7 +131,7 @@ class Segment:
         start(
             wide_gradients.decay_gradient_kernel, (self.count * p.groups,),
             self.table, before, after, end, of_key, of_query, result, self.first, self.lines, t, run, per_row, groups,
-            SIZE=p.shape.state_size, PARTS=of_key.shape[0], HALVES=self.halves.used, SHARE=p.share, E=2048, C=128,
+            SIZE=p.shape.state_size, PARTS=of_key.shape[0], QP=of_query.shape[3], SHARE=p.share, E=2048, C=128,
             PACKED=p.bounds is not None, num_warps=4,
         )  # fmt: skip
 
@@ -208,8 +208,8 @@ class Segment:
             VB=columns, GB=group, RESIDUAL=has_residual(p), **self._buckets(group), **self._pairs(config),
         )  # fmt: skip
 
-    def value_gradient(self, after: Tensor, between: Between, deltas: Tensor, dv: Tensor) -> Tensor:
-        """Fills dv; returns, with decay, phi_k . grad phi_k in parts to be added, [parts, lines, G]."""
+    def value_gradient(self, after: Tensor, between: Between, deltas: Tensor, of_query: Tensor, dv: Tensor) -> Tensor:
+        """Fills dv and parts of ``of_query``; returns, with decay, ``of_key``, [parts, lines, G] to be added."""
         p, config = self.p, self.tiles.value_gradient
         assert p.grad_out is not None
         columns = config[3]
@@ -218,33 +218,48 @@ class Segment:
         start(
             wide_gradients.value_gradient_kernel, (self.count * self._blocks(config[0]) * p.groups * parts,),
             self.phi_q, self.phi_k, p.value, p.grad_out, self.mask, deltas, p.inverses, *self.decay, self.totals,
-            self.table, after, *between, dv, of_key, *p.value.stride()[:3], *p.grad_out.stride()[:3],
-            *self._numbers(config[0]), VB=columns, FEW=FEW, **self._pairs(config),
+            self.table, after, *between, dv, of_key, of_query, *p.value.stride()[:3], *p.grad_out.stride()[:3],
+            *self._numbers(config[0]), VB=columns, FEW=FEW, QP=self._query_parts(of_query), **self._pairs(config),
         )  # fmt: skip
         return of_key
 
-    def query_buckets_gradient(self, before: Tensor, between: Between, deltas: Tensor) -> Tensor:
-        """The gradient of phi_q, [lines, H, SW]; fills ``deltas`` with grad_out . out, [B, H, T]."""
-        return self._buckets_gradient(False, before, between, deltas)
+    def query_buckets_gradient(self, before: Tensor, between: Between, deltas: Tensor, of_query: Tensor) -> Tensor:
+        """The gradient of phi_q, [lines, H, SW]; fills ``deltas``, grad_out . out, [B, H, T], parts of ``of_query``."""
+        p, config = self.p, self.tiles.buckets_gradient
+        assert p.grad_out is not None
+        grad_phi = self._new_phi(p.heads)
+        buckets = {k: v for k, v in self._buckets(config[2]).items() if k not in self.halves.options}
+        start(
+            wide_gradients.query_buckets_gradient_kernel, (self._tiles(p.heads, config),),
+            p.query, self.phi_k, p.value, p.grad_out, p.out, residual_of(p), self.mask, p.hyperplanes, p.beta, deltas,
+            p.inverses, *self.decay, self.table, before, *between, grad_phi, of_query,
+            *p.query.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
+            VP=plan.power_of_two(p.shape.value_dim, 16), FEW=FEW, QP=self._query_parts(of_query),
+            RESIDUAL=has_residual(p), **buckets, **self._pairs(config),
+        )  # fmt: skip
+        return grad_phi
 
     def key_buckets_gradient(self, after: Tensor, between: Between, deltas: Tensor) -> Tensor:
         """The gradient of phi_k, [lines, G, SW]."""
-        return self._buckets_gradient(True, after, between, deltas)
-
-    def _buckets_gradient(self, of_keys: bool, state: Tensor, between: Between, deltas: Tensor) -> Tensor:
         p, config = self.p, self.tiles.buckets_gradient
         assert p.grad_out is not None
-        heads = p.groups if of_keys else p.heads
-        grad_phi = self._new_phi(heads)
+        grad_phi = self._new_phi(p.groups)
         start(
-            wide_gradients.key_buckets_gradient_kernel if of_keys else wide_gradients.query_buckets_gradient_kernel,
-            (self.count * self._blocks(config[0]) * heads * (self.tiles.width // config[2]),),
-            self.phi_q if of_keys else self.phi_k, p.value, p.grad_out, p.out, residual_of(p),
-            self.mask, deltas, p.inverses, *self.decay, self.totals, self.table, state, *between, grad_phi,
+            wide_gradients.key_buckets_gradient_kernel, (self._tiles(p.groups, config),),
+            self.phi_q, p.value, p.grad_out, p.out, residual_of(p), self.mask, deltas, p.inverses, *self.decay,
+            self.totals, self.table, after, *between, grad_phi,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
             VP=plan.power_of_two(p.shape.value_dim, 16), FEW=FEW, RESIDUAL=has_residual(p), **self._pairs(config),
         )  # fmt: skip
         return grad_phi
+
+    def _query_parts(self, of_query: Tensor) -> int:
+        """QP, a part of what is compiled, with decay alone."""
+        return 1 if self.p.log_decay is None else of_query.shape[3]
+
+    def _tiles(self, heads: int, config: tuple[int, ...]) -> int:
+        """How many blocks of tokens and buckets there are."""
+        return self.count * self._blocks(config[0]) * heads * (self.tiles.width // config[2])
 
     # ---------------------------------------------------------------------------- gradients by halves
 
