@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from race_attention.backends.triton import MOST_BUCKETS
+
 from .common import Json, console, si, table, write_json
 
 MAX_PLANES = 10
-MOST_ON_GPU = 1024  # buckets a head; the Triton kernels have no more
 STATE_BYTES = 8  # states are float64
 PAPER = ((2, 2), (3, 3), (4, 4))  # (P, L), the configurations of the paper's experiments
 
@@ -130,8 +131,8 @@ def command(
         "is one half, in degrees. The last two are the terms of the paper's bound without constants: they compare "
         "choices and do not measure an error."
     )
-    if chosen.buckets > MOST_ON_GPU:
-        out.print(f"On GPUs only the reference serves more than {MOST_ON_GPU:,} buckets a head.")
+    if chosen.buckets > MOST_BUCKETS:
+        out.print(f"On GPUs only the reference serves more than {MOST_BUCKETS:,} buckets a head.")
 
 
 def _row(row: Costs) -> tuple[str, ...]:
