@@ -39,7 +39,7 @@ REPEATS = {"memcheck": 5}
 DTYPES = ("bfloat16", "float16", "float32")
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 #: Cases that take minutes under racecheck: a process a dtype, before all else.
-SLOW = ("causal-wide-256", "causal-wide-options", "causal-wide")
+SLOW = ("causal-wide-256", "causal-wide-options", "causal-wide", "causal-wide-columns")
 _HEAD: dict[str, Any] = {"dim": 32, "heads": 2, "scale": 0.2}
 _GROUPED: dict[str, Any] = {**_HEAD, "heads": 4, "kv_heads": 2}
 #: Options of testing.make_inputs; ``planes_learn`` False leaves the hyperplanes out of the gradients, ``states`` False
@@ -96,6 +96,10 @@ CASES: dict[str, dict[str, Any]] = {
     "causal-wide-options": {
         "causal": True, "lengths": (130, 0, 1, 140), **_GROUPED, "planes": 5, "tables": 5, "decay": "token",
         "masked": 0.2, "initial_state": True,
+    },
+    "causal-wide-columns": {  # several column tiles, 64 of float32 and 128 of 16 bits
+        "causal": True, "batch": 1, "tokens": 150, **_HEAD, "heads": 1, "value_dim": 140, "planes": 3, "tables": 9,
+        "decay": "token",
     },
     "causal-wide-256": {
         "causal": True, "batch": 1, "tokens": 270, "dim": 32, "heads": 1, "scale": 0.2, "planes": 8, "tables": 1,

@@ -29,6 +29,7 @@ SHORTER: dict[str, dict[str, Any]] = {
     "causal-64-128-decay": {"heads": 1, "tokens": 40},
     "full-128": {"heads": 1, "tokens": 40, "keys": 30},
     "causal-wide": {"heads": 1, "tokens": 150},
+    "causal-wide-columns": {"tokens": 70},
     "causal-wide-256": {"tokens": 150},
     "causal-wide-options": {"heads": 2, "kv_heads": 1, "lengths": (70, 0, 1, 66)},
 }

@@ -15,7 +15,7 @@ from . import plan
 from .launch import ParameterSums, Problem, at_the_end
 from .launch_causal import room_for_states
 from .launch_states import scan
-from .wide_configs import halves_of, tiles_of
+from .wide_configs import column_tiles, halves_of, tiles_of
 from .wide_segments import Segment
 
 State = tuple[Tensor | None, Tensor | None]
@@ -36,8 +36,12 @@ class Segments:
         item = 2 if p.shape.precision == "bf16" else 4
         passes = 1 if p.grad_out is None else 2
         state = 4 * p.shape.state_size * p.groups * passes
-        halves = halves_of(p.shape, tiles_of(p.shape).width)
-        line = (p.heads + p.groups) * halves.stored * item * (1 if halves.used else passes) + state // plan.SUB_RUN
+        tiles = tiles_of(p.shape)
+        halves = halves_of(p.shape, tiles.width)
+        stored = p.heads + p.groups  # heads' features of a token
+        if not halves.used:
+            stored = 2 * stored if passes == 2 else p.heads * column_tiles(p.shape, tiles.readout) + p.groups
+        line = stored * halves.stored * item + state // plan.SUB_RUN
         tokens = p.batch * p.queries
         each = runs.count
         if tokens * line + runs.count * state > SCRATCH_BYTES:
@@ -69,8 +73,8 @@ def _of_query(p: Problem) -> Tensor:
         return p.beta
     tiles, parts = tiles_of(p.shape), 1
     if not halves_of(p.shape, tiles.width).used:  # a sub-run's blocks, by columns, and what is before it, by buckets
-        block, _, _, columns = tiles.value_gradient[:4]
-        parts = -(-plan.SUB_RUN // block) * -(-p.shape.value_dim // columns) + tiles.width // tiles.buckets_gradient[2]
+        blocks = -(-plan.SUB_RUN // tiles.value_gradient[0])
+        parts = blocks * column_tiles(p.shape, tiles.value_gradient) + tiles.width // tiles.buckets_gradient[2]
     return p.new(p.batch, p.heads, p.queries, parts).zero_()
 
 

@@ -451,7 +451,8 @@ def readout_kernel(
     """out of a block of queries (programs: runs * blocks * H * column tiles).
 
     ``out`` and ``residual`` are contiguous [B, T, H, V]; ``inverses`` [B, H, T] are 1 / denominators. ``local`` are the
-    states before sub-runs, merged. Without HALVES the buckets go through ``features_q``: they fill the registers.
+    states before sub-runs, merged. Without HALVES the buckets go through ``features_q`` [column tiles, lines, H, FW]:
+    they fill the registers, and each program reads its own.
     """
     NV: tl.constexpr = (V + VB - 1) // VB
     H = G * SHARE
@@ -465,7 +466,7 @@ def readout_kernel(
     query += whole_rows(batch * qb + head * qh, ALIGNED)
     value += whole_rows(batch * vb + group * vh, ALIGNED)
     key_mask += batch * mb + group * mh
-    features_q += ((line + t - start) * H + head) * FW
+    features_q += ((column // VB * lines + line + t - start) * H + head) * FW
     features_k += (line * G + group) * FW
     b = tl.load(beta + group)
     c = tl.arange(0, C)

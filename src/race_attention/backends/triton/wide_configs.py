@@ -88,6 +88,11 @@ def group_of(shape: plan.Shape, least: int, whole: bool) -> int:
     return group
 
 
+def column_tiles(shape: plan.Shape, config: tuple[int, ...]) -> int:
+    """Over how many programs the columns of a block go, by a configuration (C, CK, SB, VB, ...)."""
+    return -(-shape.value_dim // config[3])
+
+
 def planes_of(shape: plan.Shape, group: int) -> int:
     """N, the planes of so many buckets, padded."""
     return plan.power_of_two(max(1, min(shape.tables, group >> shape.planes)) * shape.planes, 8)

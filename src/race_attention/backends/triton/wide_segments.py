@@ -11,7 +11,7 @@ from torch import Tensor
 from . import plan, wide, wide_gradients, wide_halves
 from .launch import Problem, pointer_or
 from .start import start
-from .wide_configs import Halves, Tiles, compiled, group_of, halves_of, planes_of, tiles_of
+from .wide_configs import Halves, Tiles, column_tiles, compiled, group_of, halves_of, planes_of, tiles_of
 from .wide_shared import has_residual, planes_of_runs, residual_of
 
 #: Buckets or columns of the pieces in which a state is multiplied in two parts: their operands take registers.
@@ -199,9 +199,10 @@ class Segment:
             PACKED=p.bounds is not None, HAS_DECAY=p.log_decay is not None, num_warps=4,
         )  # fmt: skip
         group, columns = group_of(shape, config[2], self.halves.used), config[3]
-        features_q = self.phi_k if self.halves.used else self.phi_q  # not read
+        parts = column_tiles(shape, config)
+        features_q = self.phi_k if self.halves.used else self._new_features(parts * p.heads)  # those are not read
         start(
-            wide.readout_kernel, (self.count * self._blocks(config[0]) * p.heads * -(-shape.value_dim // columns),),
+            wide.readout_kernel, (self.count * self._blocks(config[0]) * p.heads * parts,),
             p.query, features_q, self.phi_k, p.value, self.mask, p.hyperplanes, p.beta, self.decay[0], self.table,
             *between, out, residual_of(p), p.inverses,
             *p.query.stride()[:3], *p.value.stride()[:3], *self._numbers(config[0]),
@@ -212,14 +213,13 @@ class Segment:
         """Fills dv and parts of ``of_query``; returns, with decay, ``of_key``, [parts, lines, G] to be added."""
         p, config = self.p, self.tiles.value_gradient
         assert p.grad_out is not None
-        columns = config[3]
-        parts = -(-p.shape.value_dim // columns)
+        parts = column_tiles(p.shape, config)
         of_key = p.beta if p.log_decay is None else p.new(parts, self.lines, p.groups)
         start(
             wide_gradients.value_gradient_kernel, (self.count * self._blocks(config[0]) * p.groups * parts,),
             self.phi_q, self.phi_k, p.value, p.grad_out, self.mask, deltas, p.inverses, *self.decay, self.totals,
             self.table, after, *between, dv, of_key, of_query, *p.value.stride()[:3], *p.grad_out.stride()[:3],
-            *self._numbers(config[0]), VB=columns, FEW=FEW, QP=self._query_parts(of_query), **self._pairs(config),
+            *self._numbers(config[0]), VB=config[3], FEW=FEW, QP=self._query_parts(of_query), **self._pairs(config),
         )  # fmt: skip
         return of_key
 
