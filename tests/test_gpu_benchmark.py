@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_decay
 from benchmarks.gpu_parts import PARTS, jobs_of
+from race_attention.testing import make_inputs
+from tests.helpers import by_oracle, no_tokens
 
 MACHINE = {"gpu": "G", "driver": "1", "torch": "2", "triton": "3", "flash_linear_attention": None}
 
@@ -42,3 +45,13 @@ def test_each_part_has_what_it_compiles_beforehand():
         jobs = jobs_of([part])
         assert jobs, part
         assert all(job[0] in ("race", "token") for job in jobs)
+
+
+def test_what_queries_add_to_the_gradient_of_a_decay():
+    """The sweep of decays takes it from two calls, the tests from the oracle's pairs."""
+    given = {"causal": True, "batch": 1, "heads": 2, "dim": 8, "tokens": 40, "decay": "head", "seed": 3}
+    inputs = make_inputs(**given, dtype=torch.float64, requires_grad=True)
+    inputs["log_decay"] = (inputs["log_decay"].detach() - 0.05).requires_grad_()  # the first head has none
+    right = by_oracle(inputs, lambda results, x: (results[0], no_tokens(x))).terms["gradient of log_decay"]
+    along = torch.randn(inputs["value"].shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert gpu_decay.of_queries(inputs, along) == pytest.approx(right, rel=1e-6)
