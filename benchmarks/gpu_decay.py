@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks.gpu import RESULTS, context
 from race_attention import race_attention
-from race_attention.backends.triton import plan
 from race_attention.testing import BUDGETS, make_inputs, relative_error
+from tests.helpers import one_run
 
 DTYPES = ("bfloat16", "float16", "float32")
 #: (P, L): several tiles of buckets that are compared whole, those compared by halves, and one tile.
@@ -111,8 +111,8 @@ def evaluated(job: tuple[int, int, str, str], end: float) -> list[dict[str, Any]
     """The rows of a shape, a dtype and a kind, which compile the same kernels; none is begun after ``end``."""
     planes, tables, dtype, kind = job
     torch.set_num_threads(1)
-    plan.EXTRA_RUNS = 0
-    return [checked(planes, tables, kind, decay, getattr(torch, dtype)) for decay in DECAYS if time.time() < end]
+    with one_run():
+        return [checked(planes, tables, kind, decay, getattr(torch, dtype)) for decay in DECAYS if time.time() < end]
 
 
 def main() -> None:

@@ -25,7 +25,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -135,14 +134,12 @@ def run_case(name: str, dtype: torch.dtype, repeats: int) -> None:
 def forward_and_backward(given: dict[str, Any], dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
     """A case by its options; the results of the last of its calls."""
     from benchmarks.gpu_equivalence import without_states
-    from race_attention.backends.triton import plan, replay
     from race_attention.testing import make_inputs
-    from tests.helpers import evaluate, whole
+    from tests.helpers import evaluate, one_run, whole
 
     options = dict(given)
     if options.pop("one_run", False):
-        replay.forget()
-        with mock.patch.object(plan, "EXTRA_RUNS", 0):
+        with one_run():
             return forward_and_backward(options, dtype, device, repeats)
     learn, route = options.pop("planes_learn", True), whole if options.pop("states", True) else without_states
     inputs = make_inputs(**options, dtype=dtype, device=device, requires_grad=True, seed=1)

@@ -30,6 +30,15 @@ def _seeded_and_poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def one_run():
+    """See :func:`tests.helpers.one_run`."""
+    from tests import helpers
+
+    with helpers.one_run():
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

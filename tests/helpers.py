@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -149,6 +150,17 @@ LONG_CASES: dict[str, dict[str, Any]] = {
 def inputs_of(case: str, dtype: torch.dtype, device: str = "cpu", *, requires_grad: bool = True) -> Inputs:
     options = CASES.get(case) or LONG_CASES[case]
     return make_inputs(**options, dtype=dtype, device=device, requires_grad=requires_grad, seed=len(case))
+
+
+@contextmanager
+def one_run() -> Iterator[None]:
+    """Runs of the GPU's kernels as long as calls of a million tokens have, where a program goes from block to block."""
+    from race_attention.backends.triton import plan, replay
+
+    replay.forget()
+    with mock.patch.object(plan, "EXTRA_RUNS", 0):
+        yield
+    replay.forget()
 
 
 def in_double(inputs: Inputs) -> Inputs:

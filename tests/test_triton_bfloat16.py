@@ -41,12 +41,11 @@ def test_equals_the_oracle(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decay_gradient_of_a_long_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_run")
+def test_decay_gradient_of_a_long_run(dtype: torch.dtype) -> None:
     """Queries and keys round a pair differently, and what that leaves of a query's own sum adds up along a run."""
-    from race_attention.backends.triton import plan
     from tests.bfloat16 import as_on_a_gpu
 
-    monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
     inputs = make_inputs(
         causal=True, batch=1, tokens=700, heads=1, dim=16, scale=0.25, decay="head", dtype=dtype, seed=1,
         requires_grad=True,

@@ -38,14 +38,6 @@ def _check(options: dict[str, Any], dtype: torch.dtype) -> None:
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
 
 
-@pytest.fixture
-def one_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs as long as they come: a program goes from block to block even where the input is short."""
-    from race_attention.backends.triton import plan
-
-    monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("one_run")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pytest
 import torch
 
 from race_attention.testing import make_inputs
-from tests.helpers import assert_decay_gradient, assert_equal_results, by_oracle, evaluate, whole
+from tests.helpers import assert_decay_gradient, assert_equal_results, by_oracle, evaluate, one_run, whole
 from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
@@ -39,14 +40,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=["short runs", "one run"])
-def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from race_attention.backends.triton import plan, replay
-
-    if request.param == "one run":
-        monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
-    replay.forget()
-    yield
-    replay.forget()
+def runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    with one_run() if request.param == "one run" else nullcontext():
+        yield
 
 
 def _check(options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -66,14 +62,9 @@ def test_equals_the_oracle(shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["head", "token"])
 @pytest.mark.parametrize("log_decay", [-0.1, -1.0])
-def test_decay_gradient_of_a_long_run(
-    log_decay: float, form: Literal["head", "token"], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("one_run")
+def test_decay_gradient_of_a_long_run(log_decay: float, form: Literal["head", "token"], dtype: torch.dtype) -> None:
     """It is a difference of sums that grow with the run, by what is rounded once for queries and once for keys."""
-    from race_attention.backends.triton import plan, replay
-
-    monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
-    replay.forget()
     inputs = make_inputs(
         causal=True, batch=1, tokens=300 if INTERPRETED else 4000, heads=1, dim=64, decay=form, dtype=dtype,
         device=DEVICE, scale=0.125, seed=3, requires_grad=True,
@@ -81,7 +72,6 @@ def test_decay_gradient_of_a_long_run(
     inputs["log_decay"] = torch.full_like(inputs["log_decay"], log_decay).requires_grad_()
     right = by_oracle(inputs)
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
-    replay.forget()
 
 
 @pytest.mark.usefixtures("runs")

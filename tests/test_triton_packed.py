@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from race_attention import race_attention
 from race_attention.testing import make_inputs
-from tests.helpers import assert_equal_results, by_oracle, evaluate, no_tokens
+from tests.helpers import assert_equal_results, by_oracle, evaluate, no_tokens, one_run
 from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
@@ -52,8 +53,6 @@ def cut(how: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chunks of a block or of several, runs of a chunk or of all."""
     from race_attention.backends.triton import configs, plan, replay
 
-    if how == "one run":
-        monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
     if how == "short chunks":
         monkeypatch.setattr(plan, "CHUNKS", dict.fromkeys(plan.CHUNKS, 16))
     if how == "short blocks":
@@ -62,7 +61,8 @@ def cut(how: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.setitem(configs._trial, name, configs.Config(16, 4, 1))
     plan.forget()
     replay.forget()
-    yield
+    with one_run() if how == "one run" else nullcontext():
+        yield
     monkeypatch.undo()
     plan.forget()
     replay.forget()

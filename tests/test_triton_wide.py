@@ -51,10 +51,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def short_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def short_runs(one_run: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(plan, "SUB_RUN", 32)
     monkeypatch.setattr(configs, "LONGEST_RUN", 64)
-    monkeypatch.setattr(plan, "EXTRA_RUNS", 0)
     small = wide_configs.Tiles(
         width=0,
         feature_gradients=(32, 128, 4, 1, 0),

@@ -302,9 +302,9 @@ def _finish(
     stretches = -(-runs.length // stretch) if decays else 1
     bounds = p.queries, runs.length, runs.per_row, p.groups, stretches
     lengths = {"C": blocks.length, "CH": shape.chunk, "RT": stretch} | p.joined
-    crossings = p.new(max(runs.count, 1) * stretches, p.groups) if decays else of_keys
     if not runs.count * p.groups:
         return
+    crossings = p.new(runs.count * stretches, p.groups) if decays else of_keys
     if decays:
         start(
             causal_adjoint.crossings_kernel, (runs.count * stretches * p.groups,),
