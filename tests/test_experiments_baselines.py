@@ -1,5 +1,6 @@
 """Every baseline against its published formula, stated independently with loops or other identities."""
 
+import itertools
 import math
 import sys
 import types
@@ -166,6 +167,20 @@ def test_yoso_sampled_tends_to_its_expectation_and_has_its_gradient(causal):
     bound = torch.autograd.grad(passed.sum(), similarity)[0]
     torch.testing.assert_close(bound, 1.5 * weights.detach())
     assert (bound <= true).all()
+
+
+@pytest.mark.parametrize("hashes", [1, 8, 19])
+def test_yoso_counts_the_hashes_in_which_all_signs_agree(hashes):
+    mixer = mixer_of("yoso", False, hashes=hashes, tau=3)
+    query, key = (torch.randn(2, length, 2, mixer.key_dim) for length in (5, 7))
+    torch.manual_seed(1)
+    found = mixer.sampled(query, key)
+    torch.manual_seed(1)
+    planes = torch.randn(hashes, 3, mixer.key_dim)
+    for batch, i, j, head in itertools.product(range(2), range(5), range(7), range(2)):
+        sides = [[plane @ x > 0 for plane in planes] for x in (query[batch, i, head], key[batch, j, head])]
+        agree = [bool((mine == other).all()) for mine, other in zip(*sides, strict=True)]
+        assert float(found[batch, head, i, j]) == pytest.approx(sum(agree) / hashes)
 
 
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 129, 300])

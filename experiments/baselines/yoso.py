@@ -12,6 +12,10 @@ from torch import Tensor
 from experiments.baselines.base import ProjectedMixer
 from experiments.baselines.quadratic import cosine, visible, weighted_sum
 
+#: Hashes whose collisions are counted in one go: uncompiled that takes as many bytes for each pair of tokens, and each
+#: go reads and writes all of the counts, [B, H, T, T].
+AT_ONCE = 8
+
 
 class YosoMixer(ProjectedMixer):
     """normalise(sum_j w_ij v_j), queries and keys of unit length.
@@ -65,11 +69,11 @@ class YosoMixer(ProjectedMixer):
             ((x.float() @ planes.flatten(0, 1).T).unflatten(-1, planes.shape[:2]) > 0) * bits for x in (query, key)
         ]
         of_query, of_key = (code.sum(-1).permute(3, 0, 2, 1).int() for code in codes)  # [hashes, B, H, T]
-        # narrow counts: what each hash adds to all of the matrix is a matter of memory
-        count = torch.zeros(*of_query.shape[1:], key.shape[1], device=query.device, dtype=torch.int16)
-        for here, there in zip(of_query, of_key, strict=True):
-            count += here[..., :, None] == there[..., None, :]
-        return count.float() / self.hashes
+        counts = [
+            (here[..., :, None] == there[..., None, :]).sum(0, dtype=torch.int16)
+            for here, there in zip(of_query.split(AT_ONCE), of_key.split(AT_ONCE), strict=True)
+        ]
+        return sum(counts[1:], counts[0]).float() / self.hashes
 
 
 class _LowerBoundGradient(torch.autograd.Function):
