@@ -417,3 +417,32 @@ def check(backend: Backend, dtype: torch.dtype, case: str, route: Route, **optio
             raise
         pytest.skip(str(error))
     assert_equal_results(actual, expected(case, dtype), dtype)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def assert_negated_views_are_read(backend: str, *, packed: bool, **options: Any) -> None:
+    """Views marked as negated, whose memory holds the opposite, give the same to the bit: inputs, states, gradients.
+
+    ``z.conj().imag`` is one, and what comes back through complex numbers.
+    """
+    options |= {"lengths": (5, 8)} if packed else {"decay": "token", "initial_state": True, "masked": 0.3}
+    inputs = make_inputs(causal=True, return_state=True, **options)
+    wanted = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def results(of: Callable[[Tensor], Tensor], return_state: bool) -> list[Tensor]:
+        given = {name: of(x) if name in wanted else x for name, x in inputs.items()} | {"return_state": return_state}
+        if not packed:
+            state = inputs["initial_state"]
+            given["initial_state"] = RaceState(*map(of, (state.mass, state.value_sum, state.log_decay)), state.tokens)
+        leaf = [given[name].requires_grad_() for name in wanted]
+        found = race_attention(**given, backend=backend)
+        ends = [found[0], found[1].mass, found[1].value_sum, found[1].log_decay] if return_state else [found]
+        roots = [x for x in ends if x.requires_grad]
+        return [*ends, *torch.autograd.grad(roots, leaf, [of(0.5 * x.detach()) for x in roots])]
+
+    for return_state in (False, True):
+        for _ in range(3):  # some backends remember a layout that they have met
+            plain, negated = (results(of, return_state) for of in (torch.clone, lambda x: torch._neg_view(-x).detach()))
+            assert all(map(torch.equal, plain, negated))

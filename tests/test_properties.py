@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from race_attention import BackendWarning, race_attention
 from race_attention.testing import BUDGETS, assert_within_budget, leaves, make_inputs, oracle
-from tests.helpers import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, backend_params, in_double, skip_unless_runnable
+from tests.helpers import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    assert_negated_views_are_read,
+    backend_params,
+    in_double,
+    skip_unless_runnable,
+)
 
 WIDE = pytest.mark.parametrize(("backend", "dtype"), backend_params(dtypes=[FLOAT64, FLOAT32, BFLOAT16]))
 ALL = pytest.mark.parametrize(("backend", "dtype"), backend_params())
@@ -307,6 +316,13 @@ def test_float16_and_others_share_the_hash(backend, dtype):
     inputs = make_inputs(dtype=dtype, device=backend.device, beta=1.2345678)
     out = race_attention(**inputs, backend=backend.name)
     assert_within_budget(out, oracle(**in_double(inputs)), dtype)
+
+
+@ALL
+@pytest.mark.parametrize("packed", [False, True])
+def test_views_marked_as_negated(backend, dtype, packed):
+    skip_unless_runnable(backend)
+    assert_negated_views_are_read(backend.name, packed=packed, dtype=dtype, device=backend.device)
 
 
 DERIVED = {

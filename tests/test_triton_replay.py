@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from race_attention import attention, race_attention
 from race_attention.backends.triton import direct, replay
 from race_attention.testing import make_inputs
-from tests.helpers import CASES, evaluate, whole
+from tests.helpers import CASES, assert_negated_views_are_read, evaluate, whole
 from tests.interpreter import DEVICE, KERNELS_RUN
 
 pytestmark = KERNELS_RUN
@@ -259,3 +259,9 @@ def test_a_prepared_call_is_still_checked(whole_ways: list[Any], monkeypatch: py
         tensors[4].fill_(-1.0)
     with pytest.raises(ValueError, match="beta"):
         race_attention(*tensors, backend="triton")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_views_marked_as_negated(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "values_wanted", lambda device: False)
+    assert_negated_views_are_read("triton", packed=packed, device=DEVICE)

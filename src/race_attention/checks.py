@@ -109,6 +109,9 @@ def _brought_to_one_form(
     readout: str,
 ) -> Call:
     """The call of arguments that have passed the checks."""
+    query, key, value, hyperplanes, beta, log_decay = map(
+        _as_in_memory, (query, key, value, hyperplanes, beta, log_decay)
+    )
     autocast = autocast_dtype(query, key, value)
     if autocast is not None:
         query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
@@ -123,7 +126,7 @@ def _brought_to_one_form(
     mass = value_sum = None
     if initial_state is not None:
         wide = state_dtype(value.device)
-        mass, value_sum = initial_state.mass.to(wide), initial_state.value_sum.to(wide)
+        mass, value_sum = (_as_in_memory(x.to(wide)) for x in (initial_state.mass, initial_state.value_sum))
     return Call(
         query=query,
         key=key,
@@ -175,12 +178,16 @@ def form_of(
     query = given[0]
     if not isinstance(query, Tensor):
         return None
+    try:
+        tensors = [(x.shape, x.stride(), x.dtype, x.device, x.is_neg()) if type(x) in _TENSOR else x for x in given]
+    except RuntimeError:  # sparse or nested: check_forms says so
+        return None
     kind = query.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     of_state = state and (state.value_sum.shape, state.mass.device)
     return (
         causal, return_state, scale, readout, backend, autocast, of_state, given[8] is given[7],
-        *[(x.shape, x.stride(), x.dtype, x.device) if type(x) in _TENSOR else x for x in given],
+        *tensors,
     )  # fmt: skip
 
 
@@ -201,9 +208,19 @@ def _check_values(
             bad = log_decay.detach()[~right][0].item()
             raise ValueError(f"log_decay: got {bad}, allowed is finite and at most 0")
     if cu_seqlens is not None:
-        _check_offset_values("cu_seqlens", cu_seqlens, query)
+        check_offset_values("cu_seqlens", cu_seqlens, query)
         if cu_seqlens_key is not None and cu_seqlens_key is not cu_seqlens:
-            _check_offset_values("cu_seqlens_key", cu_seqlens_key, key)
+            check_offset_values("cu_seqlens_key", cu_seqlens_key, key)
+
+
+def _as_in_memory(x: Any) -> Any:
+    """Itself, or a copy of a view that is only marked as negated (``z.conj().imag``), which kernels would misread.
+
+    Traced, the operators' dispatch does it.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_neg():
+        return x
+    return x.resolve_neg()
 
 
 def _expanded(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -241,7 +258,8 @@ def values_readable(x: Tensor) -> bool:
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def _check_offset_values(name: str, offsets: Tensor, tokens: Tensor) -> None:
+def check_offset_values(name: str, offsets: Tensor, tokens: Tensor) -> None:
+    """Raises ValueError where offsets that can be read do not rise from 0 to T, of ``tokens`` [1, T, ...]."""
     if values_readable(offsets):
         given: Sequence[int] = offsets.tolist()
         if given[0] != 0 or given[-1] != tokens.shape[1] or any(b < a for a, b in pairwise(given)):

@@ -277,8 +277,9 @@ def _call_backward(
     query, value = inputs[0], inputs[2]
     if grad_out is None:
         grad_out = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
-    elif grad_out.is_neg():
-        grad_out = grad_out.resolve_neg()
+    # Of torch's complex numbers come views that are only marked as negated: the library would read the opposite.
+    grad_out = grad_out.resolve_neg()
+    grad_mass, grad_value_sum = (None if x is None else x.resolve_neg() for x in (grad_mass, grad_value_sum))
     dq, dk, dv, dplanes, dbeta, ddecay, dmass, dvalue_sum = results
     fields = [
         *_common(inputs),
@@ -344,10 +345,8 @@ def _verified(inputs: Sequence[Any]) -> Sequence[Any]:
 
 
 def _readable(inputs: Sequence[Any]) -> Sequence[Any]:
-    """The inputs as they lie in memory. A view that is only marked as negated would be read as what it is not."""
+    """The inputs as they lie in memory: offsets one after another."""
     query, key, value, hyperplanes, beta, log_decay, key_mask, cu, cu_key, mass, value_sum, causal = inputs
-    if query.is_neg() or key.is_neg() or value.is_neg():
-        query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
     if cu is not None:
         cu, cu_key = cu.contiguous(), cu_key.contiguous()
     return (query, key, value, hyperplanes, beta, log_decay, key_mask, cu, cu_key, mass, value_sum, causal)

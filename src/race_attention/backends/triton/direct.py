@@ -197,7 +197,10 @@ class _Function(torch.autograd.Function):
         if grad_out is None:
             query, value = saved[0], saved[2]
             grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
-        given = grad_out, grad_mass, grad_value_sum
+        # Of torch's complex numbers come views that are only marked as negated: kernels would read the opposite.
+        given = tuple(
+            x.resolve_neg() if x is not None and x.is_neg() else x for x in (grad_out, grad_mass, grad_value_sum)
+        )
         need_planes = ctx.needs_input_grad[2 + _PLANES]
         results: Sequence[Any]
         if torch.is_grad_enabled() or _watched() or not _PLAIN.issuperset(map(type, (*given, *saved))):
