@@ -73,6 +73,18 @@ TYPES = [
     ({"key": None}, TypeError, "key", "NoneType", "Tensor"),
     ({"value": 1.0}, TypeError, "value", "float", "Tensor"),
     ({"hyperplanes": (1, 2)}, TypeError, "hyperplanes", "tuple", "Tensor"),
+    ({"query": zeros(2, 13, 2, 8).to_sparse()}, TypeError, "query", "torch.sparse_coo", "torch.strided"),
+    ({"value": zeros(2, 13, 2, 8).to_mkldnn()}, TypeError, "value", "torch._mkldnn", "torch.strided"),
+    (
+        {"query": torch.nested.nested_tensor([zeros(5, 2, 8), zeros(8, 2, 8)], layout=torch.jagged)},
+        TypeError,
+        "query",
+        "nested",
+        "dense",
+    ),
+    ({"hyperplanes": zeros(1, 2, 2, 8).to_sparse()}, TypeError, "hyperplanes", "torch.sparse_coo", "torch.strided"),
+    ({"beta": torch.ones(2).to_sparse()}, TypeError, "beta", "torch.sparse_coo", "torch.strided"),
+    ({"key_mask": zeros(2, 13).bool().to_sparse()}, TypeError, "key_mask", "torch.sparse_coo", "torch.strided"),
     ({"beta": "sharp"}, TypeError, "beta", "str", "number"),
     ({"beta": None}, TypeError, "beta", "NoneType", "number"),
     ({"beta": True}, TypeError, "beta", "bool", "number"),
@@ -91,7 +103,7 @@ VALUES = [
         ({"beta": torch.tensor([1.0, b])}, ValueError, "beta", str(torch.tensor(b).item()), "(0, 10000]")
         for b in (0.0, -1.0, NAN, INF, 1.1e4)
     ),
-    *(({"scale": s}, ValueError, "scale", str(s), "finite and positive") for s in (NAN, INF, 0.0, -1.0)),
+    *(({"scale": s}, ValueError, "scale", str(s), "finite and positive") for s in (NAN, INF, 0.0, -1.0, 10**400)),
     *(
         ({"log_decay": torch.tensor([-1.0, d]), "causal": True}, ValueError, "log_decay", str(d), "at most 0")
         for d in (0.5, NAN, INF, -INF)

@@ -5,6 +5,8 @@ The dtype that autocast casts to counts as the dtype of queries, keys and values
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def check_scale(scale: float) -> float:
     """The scale as a float, finite and positive."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {scale!r}, allowed is a number")
-    if scale <= 0 or scale - scale != 0:  # not math.isfinite: torch.compile traces a dynamic scale through this
+    if not 0 < scale <= sys.float_info.max:  # not math.isfinite: torch.compile traces a dynamic scale through this
         raise ValueError(f"scale: got {scale}, allowed is finite and positive")
     return float(scale)
 
@@ -71,21 +73,26 @@ def shape_of(x: Tensor) -> str:
 
 
 def is_tensor(name: str, x: object) -> None:
-    """Raises TypeError where ``x`` is no tensor."""
+    """Raises TypeError where ``x`` is no tensor, or none whose elements lie at strides."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, allowed is a Tensor")
+    if x.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, allowed is a dense one; sequences are packed by cu_seqlens")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {x.layout}, allowed is {torch.strided}")
 
 
-def _check_same_device(name: str, x: Tensor, query: Tensor) -> None:
-    if x.device != query.device:
-        raise ValueError(f"{name}: got a tensor on {x.device}, allowed is the query's device, {query.device}")
+def check_same_device(name: str, x: Tensor, other: Tensor, its_name: str = "the query") -> None:
+    """Raises ValueError where ``x`` is not on the device of another argument."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: got a tensor on {x.device}, allowed is {its_name}'s device, {other.device}")
 
 
 def _check_shape(name: str, x: Tensor, query: Tensor, *allowed: tuple[int, ...]) -> None:
     if not any(same_shape(x.shape, shape) for shape in allowed):
         shapes = " or ".join(str(list(shape)) for shape in allowed)
         raise ValueError(f"{name}: got shape {shape_of(x)}, allowed is {shapes}")
-    _check_same_device(name, x, query)
+    check_same_device(name, x, query)
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> None:
@@ -99,7 +106,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> No
             raise TypeError(f"{name}: got {x.dtype}, allowed is bfloat16, float16, float32 or float64")
         if min(x.shape[2:]) < 1:
             raise ValueError(f"{name}: got shape {shape_of(x)}, allowed is at least one head of size 1 or more")
-        _check_same_device(name, x, query)
+        check_same_device(name, x, query)
     autocast = autocast_dtype(query, key, value)
     for name, x in (("key", key), ("value", value)):
         if autocast is None and x.dtype != query.dtype:
@@ -131,7 +138,7 @@ def _check_hyperplanes(hyperplanes: Tensor, query: Tensor, groups: int) -> None:
         )
     if shape[2] > MAX_PLANES:
         raise ValueError(f"hyperplanes: got P = {shape[2]} planes, allowed is 1 to {MAX_PLANES}")
-    _check_same_device("hyperplanes", hyperplanes, query)
+    check_same_device("hyperplanes", hyperplanes, query)
 
 
 def allowed_beta(groups: int) -> str:
@@ -146,11 +153,12 @@ def _check_beta(beta: float | Tensor, query: Tensor, groups: int) -> None:
         return
     if not isinstance(beta, Tensor):
         raise TypeError(f"beta: got {type(beta).__name__}, {allowed_beta(groups)}")
+    is_tensor("beta", beta)
     if not beta.is_floating_point():
         raise TypeError(f"beta: got {beta.dtype}, allowed is a floating dtype")
     if tuple(beta.shape) not in ((), (1,), (groups,)):
         raise ValueError(f"beta: got shape {shape_of(beta)}, {allowed_beta(groups)}")
-    _check_same_device("beta", beta, query)
+    check_same_device("beta", beta, query)
 
 
 def _check_log_decay(log_decay: Tensor | None, key: Tensor, causal: bool) -> None:
@@ -188,7 +196,7 @@ def _check_packing(
         raise ValueError(
             f"cu_seqlens: got a query of batch {query.shape[0]}, allowed is 1: packed sequences share a row"
         )
-    _check_offsets("cu_seqlens", cu_seqlens, query)
+    check_offsets("cu_seqlens", cu_seqlens, query)
     if cu_seqlens_key is None or cu_seqlens_key is cu_seqlens:
         if key.shape[1] != query.shape[1]:
             raise ValueError(
@@ -198,7 +206,7 @@ def _check_packing(
         return
     if causal:
         raise ValueError("cu_seqlens_key: got a tensor with causal=True, allowed is None there: cu_seqlens serves both")
-    _check_offsets("cu_seqlens_key", cu_seqlens_key, key)
+    check_offsets("cu_seqlens_key", cu_seqlens_key, key)
     if not same_shape(cu_seqlens_key.shape, cu_seqlens.shape):
         raise ValueError(
             f"cu_seqlens_key: got shape {shape_of(cu_seqlens_key)}, "
@@ -206,13 +214,14 @@ def _check_packing(
         )
 
 
-def _check_offsets(name: str, offsets: Tensor, tokens: Tensor) -> None:
+def check_offsets(name: str, offsets: Tensor, tokens: Tensor, its_name: str = "the query") -> None:
+    """Checks all but the values of the offsets of sequences packed in ``tokens``, [1, T, ...]."""
     is_tensor(name, offsets)
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: got {offsets.dtype}, allowed is torch.int32 or torch.int64")
     if offsets.ndim != 1 or offsets.shape[0] < 1:
         raise ValueError(f"{name}: got shape {shape_of(offsets)}, allowed is [n + 1]")
-    _check_same_device(name, offsets, tokens)
+    check_same_device(name, offsets, tokens, its_name)
 
 
 def _check_state(state: RaceState | None, rows: int, hyperplanes: Tensor, value: Tensor, groups: int) -> None:
@@ -227,4 +236,4 @@ def _check_state(state: RaceState | None, rows: int, hyperplanes: Tensor, value:
             f"initial_state: got value_sum of shape {shape_of(state.value_sum)}, allowed is {list(allowed)} "
             f"(rows, key heads, tables, buckets, Dv)"
         )
-    _check_same_device("initial_state", state.mass, value)
+    check_same_device("initial_state", state.mass, value)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import number
+from .arguments import flag, number
 from .attention import race_attention
-from .forms import is_tensor, shape_of
+from .forms import check_same_device, is_tensor, shape_of
 
 
 def scaled_dot_product_race(
@@ -53,10 +53,13 @@ def scaled_dot_product_race(
         if x.ndim != 4:
             raise ValueError(f"{name}: got shape {shape_of(x)}, allowed is [B, heads, T, size]")
     number("dropout_p", dropout_p, 0.0, 1.0, "[]")
-    if key.shape[1] != query.shape[1] and not enable_gqa:
-        raise ValueError(
-            f"enable_gqa: got False with {query.shape[1]} query and {key.shape[1]} key heads, allowed is True there"
-        )
+    flag("is_causal", is_causal)
+    flag("enable_gqa", enable_gqa)
+    heads, groups = query.shape[1], key.shape[1]
+    if groups != heads and not enable_gqa:
+        raise ValueError(f"enable_gqa: got False with {heads} query and {groups} key heads, allowed is True there")
+    if min(heads, groups) < 1 or heads % groups:
+        raise ValueError(f"query: got H = {heads} heads, allowed is a multiple of the key's G = {groups}, 1 or more")
     key_mask = None if attn_mask is None else _key_mask(attn_mask, query, key)
     if dropout_p > 0:
         batch, groups, length, _ = key.shape
@@ -79,6 +82,7 @@ def scaled_dot_product_race(
 def _key_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """[B, Tk] or [B, Tk, G] from a mask that broadcasts to [B, H, Tq, Tk]."""
     is_tensor("attn_mask", mask)
+    check_same_device("attn_mask", mask, query)
     if mask.dtype != torch.bool:
         raise TypeError(
             f"attn_mask: got {mask.dtype}, allowed is torch.bool: RACE Attention has no scores to add a mask to"
