@@ -14,14 +14,14 @@ PACKAGE = Path(race_attention.__file__).parent
 #: From the ground up. A module imports from layers below its own, and from its own unit.
 LAYERS = (
     ("_version", "arguments", "packing"),
-    ("features", "rotary", "decay", "layer_checks"),
+    ("features", "rotary", "decay"),
     ("state", "convolution"),
     ("layer_state", "backends.call"),
     ("backends.reference", "backends.cpu", "backends.triton"),
     ("backends",),
     ("forms",),
     ("checks",),
-    ("attention",),
+    ("attention", "layer_checks"),
     ("nn", "sdpa"),
     ("streaming", "distributed"),
     ("integrations",),

@@ -741,6 +741,8 @@ FORWARD_ERRORS = [
     ("plain", True, {"key_padding_mask": bools(2, 10)}, ValueError, r"key_padding_mask: got shape \[2, 10\]"),
     ("plain", True, {"key_padding_mask": torch.zeros(2, 11)}, TypeError, r"key_padding_mask: got torch.float32"),
     ("plain", True, {"cu_seqlens": torch.tensor([0, 11])}, ValueError, r"cu_seqlens: got .* batch 2, allowed is 1"),
+    ("plain", True, {"key_padding_mask": [[True]]}, TypeError, r"key_padding_mask: got list, allowed is a Tensor"),
+    ("plain", False, {"context": torch.zeros(2, 5, 12, device="meta")}, ValueError, r"context: got a tensor on meta"),
     ("plain", True, {"state": 3}, TypeError, r"state: got int, allowed is RaceAttentionState"),
     ("plain", True, {"state": RaceState.zeros(2, 3, 4, 4, 4)}, TypeError, r"state: got RaceState, allowed is RaceAtt"),
     ("convolution", False, {"return_state": True}, ValueError, r"state: got .*allowed is none for conv_size"),
@@ -752,6 +754,44 @@ def test_bad_forward_arguments(name, causal, change, error, message):
     layer = make(name, causal, dtype=torch.float32)
     with pytest.raises(error, match=message):
         layer(**{"x": tokens(dtype=torch.float32), **change})
+
+
+OFFSETS = [
+    (2, torch.tensor([0, 11]), ValueError, r"cu_seqlens: got x of batch 2, allowed is 1"),
+    (1, [0, 11], TypeError, r"cu_seqlens: got list, allowed is a Tensor"),
+    (1, torch.tensor([0.0, 11.0]), TypeError, r"cu_seqlens: got torch.float32, allowed is torch.int32 or torch.int64"),
+    (1, torch.tensor([[0, 11]]), ValueError, r"cu_seqlens: got shape \[1, 2\], allowed is \[n \+ 1\]"),
+    (1, torch.tensor([], dtype=torch.int64), ValueError, r"cu_seqlens: got shape \[0\], allowed is \[n \+ 1\]"),
+    (1, torch.tensor([0, 10]), ValueError, r"cu_seqlens: got \[0, 10\], allowed rises from 0 to 11"),
+    (1, torch.tensor([0, 12]), ValueError, r"cu_seqlens: got \[0, 12\], allowed rises from 0 to 11"),
+    (1, torch.tensor([1, 11]), ValueError, r"cu_seqlens: got \[1, 11\], allowed rises from 0 to 11"),
+    (1, torch.tensor([0, 7, 5, 11]), ValueError, r"cu_seqlens: got \[0, 7, 5, 11\], allowed rises from 0 to 11"),
+    (1, torch.tensor([0, 11], device="meta"), ValueError, r"cu_seqlens: got a tensor on meta, allowed is x's device"),
+]
+
+
+@pytest.mark.parametrize(("batch", "offsets", "error", "message"), OFFSETS)
+@pytest.mark.parametrize(
+    ("name", "causal"), [("plain", True), ("convolution", True), ("convolution", False), ("all", True)]
+)
+def test_bad_offsets(name, causal, batch, offsets, error, message):
+    """Convolution and rotation, which come before the core, would take rows of a batch for one, or fail in torch."""
+    with pytest.raises(error, match=message):
+        make(name, causal)(tokens(batch), cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("name", ["plain", "convolution", "all"])
+def test_states_and_masks_that_do_not_fit(name):
+    layer = make(name)
+    _, state = layer(tokens(1), return_state=True)
+    with pytest.raises(ValueError, match=r"state: got a state of 1 rows, allowed is 2"):
+        layer(tokens(2), state=state)
+    with pytest.raises(ValueError, match=r"state: got a state of 1 rows, allowed is 2"):
+        layer(tokens(1), cu_seqlens=torch.tensor([0, 4, 11]), state=state)
+    with pytest.raises(ValueError, match=r"state: got a tensor on meta, allowed is x's device, cpu"):
+        layer(tokens(1), state=state.to("meta"))
+    with pytest.raises(ValueError, match=r"key_padding_mask: got a tensor on meta, allowed is x's device, cpu"):
+        layer(tokens(2), key_padding_mask=bools(2, 11).to("meta"))
 
 
 def test_mask_and_packing_exclude_each_other():
@@ -767,7 +807,7 @@ def test_state_of_another_layer_is_refused():
     _, convolved = make("convolution")(tokens(), return_state=True)
     with pytest.raises(ValueError, match=r"state: got conv .* allowed is None"):
         make("plain")(tokens(), state=convolved)
-    with pytest.raises(ValueError, match=r"initial_state: got .* allowed is \[3, "):
+    with pytest.raises(ValueError, match=r"state: got a state of 2 rows, allowed is 3"):
         make("plain")(tokens(batch=3), state=plain)
 
 
@@ -776,6 +816,8 @@ def test_step_is_for_causal_layers_and_single_tokens():
         make("plain", causal=False).step(tokens()[:, 0])
     with pytest.raises(ValueError, match=r"x: got shape \[2, 11, 12\], allowed is \[B, 12\]"):
         make("plain").step(tokens())
+    with pytest.raises(TypeError, match=r"x: got list, allowed is a Tensor"):
+        make("plain").step([0.0])
 
 
 def test_preset_for_language_models_is_the_layer_with_its_options():

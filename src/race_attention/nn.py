@@ -16,8 +16,8 @@ from .convolution import causal as causal_convolution
 from .convolution import centred as centred_convolution
 from .decay import check_decay, multiscale_log_decay
 from .features import sample_hyperplanes
-from .forms import MAX_BETA, MAX_PLANES, check_scale
-from .layer_checks import check_inputs
+from .forms import MAX_BETA, MAX_PLANES, check_scale, is_tensor
+from .layer_checks import check_inputs, check_state
 from .layer_state import RaceAttentionState
 from .rotary import cosines, positions, turn
 
@@ -256,7 +256,10 @@ class RaceAttention(nn.Module):
             ValueError, TypeError: naming the argument, what was given and what is allowed.
         """
         check_inputs(x, context, key_padding_mask, cu_seqlens, embed_dim=self.embed_dim, causal=self.causal)
-        self._check_state(state, return_state)
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if self.conv_size and not self.causal and (state is not None or return_state):
+            raise ValueError("state: got one asked for or given, allowed is none for conv_size with causal=False")
+        check_state(state, x, rows, conv_size=self.conv_size, channels=sum(self._widths))
         source = x if context is None else context
         valid = None if key_padding_mask is None else ~key_padding_mask
         query, key, value = self.q_proj(x), self.k_proj(source), self.v_proj(source)
@@ -311,6 +314,7 @@ class RaceAttention(nn.Module):
         """
         if not self.causal:
             raise ValueError("step: got a layer with causal=False, allowed is a causal one")
+        is_tensor("x", x)
         if x.ndim != 2:
             raise ValueError(f"x: got shape {list(x.shape)}, allowed is [B, {self.embed_dim}]")
         out, state = self.forward(x.unsqueeze(1), state=state, return_state=True)
@@ -379,20 +383,6 @@ class RaceAttention(nn.Module):
         else:
             passed = torch.full((key.shape[0],), key.shape[1], dtype=torch.int64, device=key.device)
         return passed if state is None else state.position + passed
-
-    def _check_state(self, state: RaceAttentionState | None, return_state: bool) -> None:
-        if self.conv_size and not self.causal and (state is not None or return_state):
-            raise ValueError("state: got one asked for or given, allowed is none for conv_size with causal=False")
-        if state is None:
-            return
-        if not isinstance(state, RaceAttentionState):
-            raise TypeError(f"state: got {type(state).__name__}, allowed is RaceAttentionState")
-        given = None if state.conv is None else list(state.conv.shape)
-        allowed = [self.conv_size - 1, sum(self._widths)]
-        if self.conv_size > 1 and (given is None or given[1:] != allowed):
-            raise ValueError(f"state: got conv {given}, allowed is [B, {allowed[0]}, {allowed[1]}]")
-        if not self.conv_size and given is not None:
-            raise ValueError(f"state: got conv {given}, of another layer, allowed is None: this one has no convolution")
 
     def extra_repr(self) -> str:
         """The settings that are not seen in the submodules."""
