@@ -41,6 +41,8 @@ UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 SLOW = ("causal-wide-256", "causal-wide-options", "causal-wide", "causal-wide-columns")
 _HEAD: dict[str, Any] = {"dim": 32, "heads": 2, "scale": 0.2}
 _GROUPED: dict[str, Any] = {**_HEAD, "heads": 4, "kv_heads": 2}
+#: Past 128 columns all kernels are cut otherwise.
+_LARGE: dict[str, Any] = {"dim": 200, "value_dim": 144, "heads": 1, "scale": 0.07}
 #: Options of testing.make_inputs; ``planes_learn`` False leaves the hyperplanes out of the gradients, ``states`` False
 #: does not ask for states, which has another plan where sequences are packed; ``one_run`` has runs as long as calls of
 #: a million tokens have. In their order, after SLOW.
@@ -110,9 +112,7 @@ CASES: dict[str, dict[str, Any]] = {
         "masked": 0.2, "initial_state": True,
     },
     "causal-64": {"causal": True, "batch": 1, "tokens": 300, **_HEAD, "planes": 4, "tables": 4, "decay": "head"},
-    "causal-64-plain": {
-        "causal": True, "batch": 1, "tokens": 300, **_HEAD, "planes": 4, "tables": 4, "planes_learn": False,
-    },
+    "causal-64-plain": {"causal": True, "batch": 1, "tokens": 300, **_HEAD, "planes": 4, "tables": 4},
     "causal-packed": {"causal": True, "lengths": (150, 0, 1, 140), **_HEAD, "decay": "token", "masked": 0.2},
     "causal-odd": {"causal": True, "batch": 1, "tokens": 150, "dim": 20, "value_dim": 12, "heads": 1, "scale": 0.2},
     "causal-128": {"causal": True, "batch": 1, "tokens": 270, "dim": 128, "heads": 2, "scale": 0.1, "decay": "token"},
@@ -122,6 +122,17 @@ CASES: dict[str, dict[str, Any]] = {
         "initial_state": True,
     },
     "full-wide": {"batch": 1, "tokens": 200, "keys": 150, **_GROUPED, "planes": 6, "tables": 2, "masked": 0.2},
+    "causal-large-heads": {
+        "causal": True, "batch": 1, "tokens": 140, **_LARGE, "planes": 3, "tables": 3, "decay": "token",
+    },
+    "full-large-heads": {"batch": 1, "tokens": 100, "keys": 70, **_LARGE, "planes": 4, "tables": 4},
+    "causal-wide-large-heads": {
+        "causal": True, "batch": 1, "tokens": 70, **_LARGE, "planes": 6, "tables": 2, "decay": "token",
+    },
+    "causal-tables-large-heads": {
+        "causal": True, "batch": 1, "tokens": 70, **_LARGE, "planes": 3, "tables": 9, "decay": "head",
+    },
+    "full-wide-large-heads": {"batch": 1, "tokens": 70, "keys": 50, **_LARGE, "planes": 3, "tables": 9},
 }  # fmt: skip
 
 

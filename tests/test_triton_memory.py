@@ -31,6 +31,10 @@ SHORTER: dict[str, dict[str, Any]] = {
     "causal-wide": {"heads": 1, "tokens": 150},
     "causal-wide-columns": {"tokens": 70},
     "causal-wide-256": {"tokens": 150},
+    "causal-large-heads": {"tokens": 70},
+    "full-large-heads": {"tokens": 40, "keys": 30},
+    "causal-wide-large-heads": {"tokens": 40},
+    "causal-tables-large-heads": {"tokens": 40},
     "causal-wide-options": {"heads": 2, "kv_heads": 1, "lengths": (70, 0, 1, 66)},
 }
 
