@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .packing import row_of_token
 
@@ -30,6 +31,8 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # fuses the plain form, and would unroll a loop over blocks
         return _taps(x, weight)
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return _taps(x, weight)  # torch.func and forward mode look into plain operations alone
     out: Tensor = _Convolution.apply(x, weight)
     return out
 
