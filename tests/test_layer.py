@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -144,6 +145,24 @@ def test_layer_written_out(name, causal):
 def test_cross_attention(name):
     layer, x, context = make(name, causal=False), tokens().requires_grad_(), tokens(length=17, seed=1)
     assert_same(layer, x, layer(x, context), written_out(layer, x, context))
+
+
+@pytest.mark.parametrize(("name", "causal"), LAYERS)
+def test_torch_func_looks_into_the_layer(name, causal):
+    """Gradients of each sample alone, and forward mode: the reference serves, and what is around it has them too."""
+    layer, x = make(name, causal), tokens()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    alone = torch.func.vmap(torch.func.grad(lambda p, row: loss(p, row[None])), in_dims=(None, 0))(parameters, x)
+    together = torch.func.grad(loss)(parameters, x)
+    for of, gradient in together.items():
+        assert relative_error(alone[of].sum(0), gradient) < 1e-9, of
+    _, slope = torch.func.jvp(lambda x: loss(parameters, x), (x,), (torch.ones_like(x),))
+    (gradient,) = torch.autograd.grad(loss(parameters, x.requires_grad_()), x)
+    assert relative_error(slope, gradient.sum()) < 1e-9
 
 
 @pytest.mark.parametrize(("name", "causal"), LAYERS)
@@ -439,6 +458,59 @@ def test_weight_norm_and_pruning_hooks_work():
     before = layer(x)
     torch.nn.utils.parametrizations.weight_norm(layer.out_proj)
     assert_within_budget(layer(x), before, FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "decay_proj", "gate_proj"])
+def test_a_pruned_projection_is_trained_on(name):
+    """Pruning of torch puts the masked weight in place before each forward of the module, for that one alone."""
+    layer, x = make("all"), tokens()
+    pruned = layer.get_submodule(name)
+    torch.nn.utils.prune.random_unstructured(pruned, "weight", 0.5)
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        assert pruned.weight_orig.grad.any()
+        with torch.no_grad():
+            pruned.weight_orig.add_(0.1 * torch.randn_like(pruned.weight_orig))
+    out = layer(x)
+    torch.nn.utils.prune.remove(pruned, "weight")
+    assert torch.equal(layer(x), out)
+
+
+class Adapted(nn.Module):
+    """A linear function with a term of low rank beside it, as adapters have it; no nn.Linear."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight = base, base.weight
+        self.low = nn.Parameter(torch.ones(base.out_features, base.in_features, dtype=base.weight.dtype))
+
+    def forward(self, x):
+        return self.base(x) + F.linear(x, self.low)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "out_proj", "decay_proj", "gate_proj"])
+def test_modules_in_the_place_of_projections_are_asked(name):
+    layer, x = make("all"), tokens()
+    merged = copy.deepcopy(layer)
+    with torch.no_grad():
+        merged.get_submodule(name).weight.add_(1.0)
+    setattr(layer, name, Adapted(layer.get_submodule(name)))
+    out = layer(x)
+    assert relative_error(out, merged(x)) < 1e-12
+    out.sum().backward()
+    assert layer.get_submodule(name).low.grad.any()
+
+
+def test_a_norm_in_the_place_of_the_norm_is_asked():
+    layer, x = make("all"), tokens()
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        doubled.norm.weight.mul_(2)
+    handle = layer.norm.register_forward_hook(lambda module, given, out: 2 * out)
+    assert relative_error(layer(x), doubled(x)) < 1e-12
+    handle.remove()
+    layer.norm = nn.Sequential(layer.norm, Doubled())
+    assert relative_error(layer(x), doubled(x)) < 1e-12
 
 
 def test_reset_parameters_starts_over():

@@ -292,8 +292,7 @@ class RaceAttention(nn.Module):
         out, core = result if isinstance(result, tuple) else (result, None)
         if self.norm_gate:
             gate = F.silu(self.gate_proj(x)).unflatten(-1, (self.num_heads, self.value_dim))
-            weight = self.norm.weight.to(out.dtype)  # torch's fused norm wants one dtype
-            out = F.rms_norm(out, (self.value_dim,), weight, self.norm.eps) * gate
+            out = self._normed(out) * gate
         out = self.out_proj(out.flatten(-2))
         if core is None:
             return out
@@ -358,13 +357,32 @@ class RaceAttention(nn.Module):
             logit = self.decay_logit.float() if self.decay_logit.dtype != torch.float64 else self.decay_logit
             if self.decay == "per_token":  # outside autocast: exp over many tokens wants all of the digits
                 with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-                    logit = logit + F.linear(x.to(logit.dtype), self.decay_proj.weight.to(logit.dtype))
+                    logit = logit + self._projected_decay(x, logit.dtype)
             log_decay: Tensor = F.logsigmoid(logit)
         else:
             log_decay = self.fixed_log_decay
         if valid is None:
             return log_decay
         return log_decay.expand(*valid.shape, -1).masked_fill(~valid.unsqueeze(-1), 0)
+
+    def _projected_decay(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What ``decay_proj`` makes of the tokens, [B, T, G] in ``dtype``, at least float32."""
+        projection = self.decay_proj
+        if _is_plain(projection, nn.Linear):
+            return F.linear(x.to(dtype), projection.weight.to(dtype))
+        # Pruned, adapted (LoRA), quantised: what its weight means is its own affair, and so are its digits.
+        weight = getattr(projection, "weight", None)
+        narrow = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
+        out: Tensor = projection(x.to(narrow))
+        return out.to(dtype)
+
+    def _normed(self, out: Tensor) -> Tensor:
+        """The norm of each head's output."""
+        if not _is_plain(self.norm, nn.RMSNorm):
+            normed: Tensor = self.norm(out)
+            return normed
+        weight = self.norm.weight.to(out.dtype)  # torch's fused norm wants one dtype
+        return F.rms_norm(out, (self.value_dim,), weight, self.norm.eps)
 
     def _key_mask(self, key: Tensor, valid: Tensor | None) -> Tensor | None:
         """[B, Tk], or [B, Tk, G] where dropout leaves keys out."""
@@ -407,6 +425,11 @@ class RaceAttention(nn.Module):
         }
         shown |= {name: value for name, value in optional.items() if value}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether all that a module does is told by its weight."""
+    return type(module) is kind and not (module._forward_pre_hooks or module._forward_hooks)
 
 
 def _register(module: nn.Module, name: str, tensor: Tensor, learned: bool) -> None:
