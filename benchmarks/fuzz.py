@@ -3,6 +3,7 @@
     python -m benchmarks.fuzz --backend cpu --cases 2000 --seed 0 --workers 2
     python -m benchmarks.fuzz --backend triton --device cuda --small --alike 20 --seconds 200 --workers 12 --output FILE
     python -m benchmarks.fuzz --backend triton --device cuda --small --alike 20 --buckets 256 --having causal decay
+    python -m benchmarks.fuzz --backend triton --device cuda --long --alike 50 --buckets 64 --having causal decay
     TRITON_INTERPRET=1 python -m benchmarks.fuzz --backend triton --small --cases 200
     TRITON_INTERPRET=1 python -m benchmarks.fuzz --backend triton --small --rounding --cases 200
     python -m benchmarks.fuzz --backend cpu --only 1234          # one case again, and all its errors
@@ -37,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.fuzz_cases import DTYPES, asked, drawn, elsewhere, has, inputs_of, route_of
+from benchmarks.fuzz_cases import DTYPES, LONG_PAIRS, asked, drawn, elsewhere, has, inputs_of, route_of
 from race_attention.testing import BUDGETS, leaves, relative_error
 from tests import helpers, interpreter, rounded
 
@@ -56,14 +57,22 @@ PAIRS = 600_000
 _UNTIL_THE_END = contextlib.ExitStack()
 
 
-def started(rounding: bool = False) -> None:
-    """What a process sets up before its first case; with ``rounding`` the interpreter rounds 16 bits as a GPU does."""
+def started(rounding: bool = False, long: bool = False) -> None:
+    """What a process sets up before its first case.
+
+    With ``rounding`` the interpreter rounds 16 bits as a GPU does; ``long`` makes runs of tokens as long as those of
+    calls of a million tokens.
+    """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     if interpreter.INTERPRETED:
         warnings.simplefilter("ignore", RuntimeWarning)
         interpreter.hurry()
+    if long:
+        from race_attention.backends.triton import plan
+
+        plan.EXTRA_RUNS = 0
     if rounding:
         from tests.bfloat16 import as_on_a_gpu
 
@@ -71,11 +80,12 @@ def started(rounding: bool = False) -> None:
 
 
 def checked(
-    seed: int, backend: str, device: str, dtypes: tuple[str, ...], small: bool, alike: int, buckets: int = 0
-) -> dict[str, Any]:
+    seed: int, backend: str, device: str, dtypes: tuple[str, ...], small: bool, alike: int, buckets: int = 0,
+    long: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """The row of a seed: the largest error as a share of the budget, and what was out of it."""
     torch.manual_seed(seed)
-    case = drawn(seed, dtypes, small, alike, buckets)
+    case = drawn(seed, dtypes, small, alike, buckets, long)
     row: dict[str, Any] = {"seed": seed, "dtype": case["dtype"], "result": "within", "worst": 0.0}
     try:
         inputs = inputs_of(case, device)
@@ -135,14 +145,18 @@ def checked(
 
 
 def _right(case: dict[str, Any], inputs: dict[str, Any]) -> helpers.Right:
-    """What the oracle says, or of long sequences the reference in float64."""
-    if inputs["query"].shape[1] * inputs["key"].shape[1] <= PAIRS:
-        return helpers.by_oracle(inputs, lambda results, given: asked(case, results, given))
+    """What the oracle says, or of long sequences the reference in float64; of long cases where they are."""
+    device = inputs["query"].device if case["long"] else "cpu"
+    batch, queries, heads, _ = inputs["query"].shape
+    pairs, (_, tables, planes, _) = queries * inputs["key"].shape[1], inputs["hyperplanes"].shape
+    if pairs <= PAIRS or (case["long"] and pairs * batch * heads * tables * planes <= LONG_PAIRS):
+        return helpers.by_oracle(inputs, lambda results, given: asked(case, results, given), device)
 
     def whole(given: dict[str, Any]) -> Any:
         return asked(case, helpers.whole(given, backend="reference"), given)
 
-    return helpers.Right(helpers.evaluate(whole, helpers.in_double(inputs)), {})
+    results = helpers.evaluate(whole, helpers.in_double(inputs, device))
+    return helpers.Right({name: x.cpu() for name, x in results.items()}, {})
 
 
 def _share(name: str, found: Tensor, right: helpers.Right, dtype: torch.dtype, kind: torch.dtype) -> float:
@@ -198,6 +212,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=None)
     parser.add_argument("--small", action="store_true", help="shapes that an interpreter can do")
+    parser.add_argument("--long", action="store_true", help="thousands of tokens in the longest runs, on a GPU")
     parser.add_argument("--rounding", action="store_true", help="the interpreter rounds 16 bits as a GPU does")
     parser.add_argument("--buckets", type=int, default=0, help="mostly nearly so many, in place of any number")
     parser.add_argument("--having", nargs="+", default=(), help="only groups of: packed, state, decay, mask, a dtype")
@@ -211,7 +226,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.rounding and not interpreter.INTERPRETED:
         parser.error("--rounding is the interpreter's: TRITON_INTERPRET=1")
-    how: dict[str, Any] = {"small": given.small, "alike": given.alike, "buckets": given.buckets}
+    how: dict[str, Any] = {"small": given.small, "alike": given.alike, "buckets": given.buckets, "long": given.long}
     how["dtypes"] = tuple(given.dtypes or SERVED[given.backend])
     one = partial(checked, backend=given.backend, device=given.device, **how)
 
@@ -220,14 +235,16 @@ def main() -> None:
 
     seeds = given.only or _seeds(given.seed, given.cases, given.alike, given.workers, fits)
     end, counts, rows = time.monotonic() + given.seconds, Counter[str](), []
-    with multiprocessing.get_context("spawn").Pool(given.workers, started, (given.rounding,)) as pool:
+    written = 0.0
+    with multiprocessing.get_context("spawn").Pool(given.workers, started, (given.rounding, given.long)) as pool:
         for row in pool.imap_unordered(one, seeds):
             counts[f"{row['dtype']} {row['result']}"] += 1
             if row["result"] in ("out", "error", "ill-conditioned") or given.only:
                 rows.append(row)
             if row["result"] in ("out", "error") or given.only:
                 print(json.dumps(row), flush=True)
-            if given.output and sum(counts.values()) % 10 == 0:
+            if given.output and time.monotonic() > written + 2:
+                written = time.monotonic()
                 given.output.write_text(json.dumps({"counts": dict(counts), "rows": rows}, indent=1) + "\n")
             if time.monotonic() > end:
                 pool.terminate()

@@ -17,16 +17,24 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 STRIDES = ("contiguous", "contiguous", "transposed", "expanded", "sliced")
 #: Pairs of tokens times heads, tables and planes that the oracle compares within a second and a gigabyte.
 PAIRS = {True: 40_000, False: 2_000_000}
+#: Likewise on a GPU, in some gigabytes.
+LONG_PAIRS = 100_000_000
+#: Tokens of the cases called long: two of the longest runs and more.
+LONG = 5_000
+#: Of the twists, what kernels are compiled for.
+HELD = ("strides", "wanted", "autocast", "asks", "route", "again")
 #: What is longer is compared with the reference backend in float64, which the oracle is compared with elsewhere.
 LONGEST = 20_000
 
 
-def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int, buckets: int = 0) -> dict[str, Any]:
+def drawn(
+    seed: int, dtypes: tuple[str, ...], small: bool, alike: int, buckets: int = 0, long: bool = False
+) -> dict[str, Any]:
     """The case of a seed: options of make_inputs, and under "twists" what they do not cover.
 
     ``alike`` seeds have in common what kernels are compiled for: dtype, sizes of a token, numbers of buckets, and
-    whether there are several heads a key head, a mask, decay, sequences, gradients of hyperplanes. ``buckets`` at most,
-    and then mostly nearly so many.
+    whether there are several heads a key head, a mask, decay, sequences; strides, the route and what is asked.
+    ``buckets`` at most, and then mostly nearly so many. ``long``: up to LONG tokens, and sizes of a token a GPU likes.
     """
     rng = random.Random(seed // alike)
 
@@ -39,6 +47,9 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int, buckets: 
         return edge if chance(0.4) and edge <= most else round(most ** rng.random())
 
     most_tokens, most_dim, most_buckets = (70, 40, buckets or 64) if small else (700, 256, buckets or 1024)
+    most_pairs = PAIRS[small]
+    if long:
+        most_tokens, most_pairs = LONG, 10**15  # the reference knows what is right too
     planes = rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 6, 8, 10])
     while 2**planes > most_buckets:
         planes -= 1
@@ -47,8 +58,10 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int, buckets: 
         tables = (most_buckets >> planes) - rng.choice([0, 0, 0, 1]) * (2**planes < most_buckets)
     dim, value_dim, causal, dtype = size(most_dim), size(most_dim), chance(0.6), rng.choice(dtypes)
     share, decay, packed = rng.choice([1, 1, 2, 3]), rng.choice([None, None, "head", "token"]), chance(0.3)
+    if long:
+        dim, value_dim = rng.choice((16, 40, 64, 64, 128)), rng.choice((16, 40, 64, 64, 128))
     masked, state, wanted = chance(0.45), chance(0.3), "all" if chance(0.5) else "none" if chance(0.1) else None
-    rng = random.Random(seed)
+    group, rng = rng, random.Random(seed)
     extreme, groups = chance(0.15), rng.choice([1, 1, 2, 3])
     options: dict[str, Any] = {
         "heads": groups * share,
@@ -69,24 +82,43 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int, buckets: 
     options["scale"] = options["dim"] ** -0.5 * rng.choice([1.0, 1.0, 1.0, 2.0, 0.1]) if chance(0.8) else 1.0
     cost = options["heads"] * tables * planes
     if packed:
-        most = max(1, min(most_tokens, int((PAIRS[small] / cost) ** 0.5)))
-        lengths = [
-            0 if chance(0.2) else 1 if chance(0.2) else size(most) for _ in range(rng.choice([0, 1, 2, 3, 6, 17]))
-        ]
+        most = max(1, min(most_tokens, int((most_pairs / cost) ** 0.5)))
+        rows = rng.choice([0, 1, 2, 3, 6, 17])
+        most = max(1, most // max(1, rows)) if long else most
+        lengths = [0 if chance(0.2) else 1 if chance(0.2) else size(most) for _ in range(rows)]
         options["lengths"] = tuple(lengths)
         if not causal and chance(0.4):
             options["key_lengths"] = tuple(rng.sample(lengths, len(lengths)))
     else:
         options["batch"] = 0 if chance(0.02) else rng.choice([1, 1, 2, 3])
-        most = max(1, min(most_tokens, int((PAIRS[small] / (cost * max(1, options["batch"]))) ** 0.5)))
+        most = max(1, min(most_tokens, int((most_pairs / (cost * max(1, options["batch"]))) ** 0.5)))
         options["tokens"] = 0 if chance(0.02) else size(most)
+        if long and chance(0.7):
+            options["tokens"] = rng.randint(most // 2, most)
         if not causal and chance(0.6):
             options["keys"] = 0 if chance(0.05) else size(most)
-        if not small and chance(0.06):
+        if not small and not long and chance(0.06):
             options |= {"batch": rng.choice([1, 1, 2]), "tokens": size(LONGEST)}
     odd = [100.0 if dtype == "float16" else 1e4, 1e-3, 0.0]
     sizes = [1.0, *odd] if extreme else [1.0, 1.0, 1.0, 0.1]
-    twists: dict[str, Any] = {
+    twists = _twists(rng, dtype, sizes, odd, extreme=extreme, small=small, wanted=wanted)
+    if alike > 1:
+        of_group = _twists(group, dtype, sizes, odd, extreme=extreme, small=small, wanted=wanted)
+        twists |= {name: of_group[name] for name in HELD}
+    if twists["route"] != "whole":  # there gradients of parameters are added up in their own dtype
+        twists["parameters"] = None
+    return {"seed": seed, "dtype": dtype, "long": long, "options": options, "twists": twists}
+
+
+def _twists(
+    rng: random.Random, dtype: str, sizes: list[float], odd: list[float], *, extreme: bool, small: bool, wanted: Any
+) -> dict[str, Any]:
+    """What make_inputs does not cover."""
+
+    def chance(share: float) -> bool:
+        return rng.random() < share
+
+    return {
         "strides": [rng.choice(STRIDES) for _ in range(3)],
         "extreme": extreme,
         "magnitude": [rng.choice(sizes), rng.choice(sizes), rng.choice([1.0, 1.0, 1.0, *odd])],
@@ -105,9 +137,6 @@ def drawn(seed: int, dtypes: tuple[str, ...], small: bool, alike: int, buckets: 
         "again": [] if chance(0.6) else [rng.choice([0, 0, 1, 4, 8]) for _ in range(1 if small else 4)],
         "sizes": tuple(rng.choice([13, 16, 33] if small else [1, 1, 2, 7, 16, 33, 64, 130]) for _ in range(3)),
     }
-    if twists["route"] != "whole":  # there gradients of parameters are added up in their own dtype
-        twists["parameters"] = None
-    return {"seed": seed, "dtype": dtype, "options": options, "twists": twists}
 
 
 def has(case: dict[str, Any], wanted: tuple[str, ...]) -> bool:

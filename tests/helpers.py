@@ -163,15 +163,15 @@ def one_run() -> Iterator[None]:
     replay.forget()
 
 
-def in_double(inputs: Inputs) -> Inputs:
-    """The same numbers as float64 leaves, on the CPU: what the oracle is asked."""
+def in_double(inputs: Inputs, device: torch.device | str = "cpu") -> Inputs:
+    """The same numbers as float64 leaves: what the oracle is asked."""
 
     def moved(x: Any) -> Any:
         if isinstance(x, RaceState):
-            x = x.detach().to("cpu").to(torch.float64)
+            x = x.detach().to(device).to(torch.float64)
             return RaceState(x.mass.requires_grad_(), x.value_sum.requires_grad_(), x.log_decay, x.tokens)
         if isinstance(x, Tensor):
-            x = x.detach().cpu()
+            x = x.detach().to(device)
             return x.double().requires_grad_() if x.is_floating_point() else x
         return x
 
@@ -330,12 +330,17 @@ class Right(dict[str, Tensor]):
         self.terms = terms
 
 
-def by_oracle(inputs: Inputs, asked: Callable[[Any, Inputs], Any] = lambda results, inputs: results) -> Right:
+def by_oracle(
+    inputs: Inputs,
+    asked: Callable[[Any, Inputs], Any] = lambda results, inputs: results,
+    device: torch.device | str = "cpu",
+) -> Right:
     """Results and gradients of the float64 oracle, for inputs as they are.
 
     Args:
         inputs: of the oracle, of any dtype.
         asked: what of its output and state the results are.
+        device: where it computes.
     """
     of_beta, of_sums, of_decay = [torch.zeros(())], [torch.zeros(())], [torch.zeros(())]
     sides, final_state, start = testing._side_probabilities, testing._Run.final_state, testing._Run.__init__
@@ -370,10 +375,11 @@ def by_oracle(inputs: Inputs, asked: Callable[[Any, Inputs], Any] = lambda resul
         mock.patch.object(testing._Run, "final_state", with_terms),
         mock.patch.object(testing._Run, "__init__", for_each_query),
     ):
-        results = evaluate(lambda x: asked(oracle(**x, return_state=True), x), in_double(inputs))
+        results = evaluate(lambda x: asked(oracle(**x, return_state=True), x), in_double(inputs, device))
     terms = {"gradient of beta": of_beta, "value_sum": of_sums}
     if inputs.get("log_decay") is not None and inputs["log_decay"].ndim == 1:
         terms["gradient of log_decay"] = of_decay
+    results = {name: x.cpu() for name, x in results.items()}
     return Right(results, {name: float(sum(squares)) ** 0.5 for name, squares in terms.items()})
 
 

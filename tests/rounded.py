@@ -30,7 +30,7 @@ def arithmetic(dtype: torch.dtype, seed: int) -> Iterator[None]:
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor, roundoff: float) -> Tensor:
-        return 1 + roundoff * (2 * torch.rand(like.shape, generator=generator, dtype=torch.float64) - 1)
+        return 1 + roundoff * (2 * torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device) - 1)
 
     def sides(x: Tensor, hyperplanes: Tensor, beta: Tensor, floor: float) -> tuple[Tensor, ...]:
         x, hyperplanes = x * noise(x, SUMS[dtype]), hyperplanes * noise(hyperplanes, SUMS[dtype])
