@@ -72,16 +72,33 @@ class RunConfig:
         check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "'float32' or 'bfloat16'")
 
 
+def read_merged(path: str | Path) -> dict[str, Any]:
+    """What a configuration file holds, over what the file holds that it names with ``like = "OTHER.toml"``, beside it.
+
+    Raises:
+        ConfigError: one of the two cannot be read, or the other one names a third.
+    """
+    own = configuration.read(path)
+    other = own.pop("like", None)
+    if other is None:
+        return own
+    check(isinstance(other, str), "like", other, "the name of a file beside this one")
+    below = configuration.read(Path(path).parent / other)
+    check("like" not in below, f"{path}: like", other, "a file that names none itself")
+    return merge(below, own)
+
+
 def read_rows(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
     """All rows of a configuration file, by name.
 
     Where the file or a row says ``search = { lr = [1e-3, 2e-3] }`` there is a row for each value, ``NAME@lr=0.001``:
-    the same search for every method, whose outcome :mod:`experiments.tables` shows.
+    the same search for every method, whose outcome :mod:`experiments.tables` shows. A file may say what another one
+    says but for some keys (:func:`read_merged`).
 
     Raises:
         ConfigError: naming the key and the row.
     """
-    shared = configuration.read(path)
+    shared = read_merged(path)
     rows = shared.pop("rows", {})
     check(isinstance(rows, dict) and bool(rows), "rows", rows, "a table [rows.NAME] for each row")
     shared.setdefault("table", Path(path).stem)

@@ -196,10 +196,9 @@ def planned_rows(config: Path) -> dict[str, Mapping[str, Any]]:
     """The methods of a configuration file, in its order, with their models' fields; none without such a file."""
     if not config.exists():
         return {}
-    from experiments.config import read
-    from experiments.rows import merge
+    from experiments.rows import merge, read_merged
 
-    shared = read(config)
+    shared = read_merged(config)
     model, rows = shared.get("model", {}), shared.get("rows", {})
     return {name: merge(model, own.get("model", {})) for name, own in rows.items()}
 

@@ -26,7 +26,7 @@ from experiments.run import OutOfTime, Run, main
 from experiments.table_plot import plot
 from experiments.table_text import markdown
 from experiments.tables import main as tables_main
-from experiments.tables import read_table
+from experiments.tables import planned_rows, read_table
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.base import IGNORED, Batch, accuracy
 from experiments.tasks.listops import END, TOKENS, ListOpsOptions, evaluate, generate
@@ -358,6 +358,24 @@ def test_rows_of_a_file_differ_from_what_they_share(tmp_path):
     file.write_text('task = "sst2"\n')
     with pytest.raises(ConfigError, match=r"rows: got {}, allowed is a table \[rows.NAME\]"):
         read_rows(file)
+
+
+def test_a_file_may_differ_from_another(tmp_path):
+    (tmp_path / "one.toml").write_text(
+        'task = "mqar"\nsteps = 3\ntask_options = {pairs = 4, vocab = 64}\nsearch = {lr = [0.1, 0.2]}\n'
+        '[rows.linear]\nmodel = {mixer = "linear"}\n[rows.softmax]\nmodel = {mixer = "softmax"}\n'
+    )
+    other = tmp_path / "other.toml"
+    other.write_text('like = "one.toml"\ntask_options = {pairs = 8}\n[rows.linear]\nsearch = {lr = [0.3]}\n')
+    rows = read_rows(other)
+    assert list(rows) == ["linear@lr=0.3", "softmax@lr=0.1", "softmax@lr=0.2"]
+    assert {row.table for row in rows.values()} == {"other"}
+    assert all(row.steps == 3 and row.task_options == {"pairs": 8, "vocab": 64} for row in rows.values())
+    assert list(planned_rows(other)) == ["linear", "softmax"]
+    for like, message in [("7", r"like: got 7"), ('"none.toml"', "cannot read"), ('"other.toml"', "names none itself")]:
+        other.write_text(f"like = {like}\n")
+        with pytest.raises(ConfigError, match=message):
+            read_rows(other)
 
 
 def test_a_name_stands_for_its_search(tmp_path):
