@@ -131,7 +131,7 @@ def test_every_task_says_how_to_get_its_data(monkeypatch):
         task("mqar", {"lenght": 3})
 
 
-def test_files_are_checked(tmp_path, monkeypatch):
+def test_files_are_checked(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "fashion_mnist"
     folder.mkdir()
     array = torch.arange(6, dtype=torch.uint8).view(2, 3)
@@ -148,6 +148,12 @@ def test_files_are_checked(tmp_path, monkeypatch):
         read_checked(folder, name)
     with pytest.raises(DataError, match="is missing"):
         read_checked(folder, "absent")
+    file = tmp_path / "t.toml"
+    file.write_text('task = "fashion_mnist"\nepochs = 1\n[rows.softmax]\n')
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(file), "--data-dir", str(tmp_path), "--device", "cpu", "--results", str(tmp_path / "res")])
+    assert "train-images-idx3-ubyte.gz: cannot be unpacked" in capsys.readouterr().err
     assert read_labelled("label\ttext\n1\tgood\n0\tbad \n", "f") == (["good", "bad"], [1, 0])
     with pytest.raises(ValueError, match="f, line 3: got 'bad', expected label<TAB>text"):
         read_labelled("label\ttext\n1\tgood\nbad\n", "f")

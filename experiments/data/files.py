@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.data.local import DATA_DIR, DataError, find_data_dir
+from experiments.data.local import DATA_DIR, BrokenDataError, DataError, find_data_dir
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ def read_idx(data: bytes) -> Tensor:
     """An array in the IDX format of MNIST: uint8, any number of dimensions.
 
     Raises:
-        ValueError: not that format, or cut short.
+        BrokenDataError: not that format, or cut short.
     """
     if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"idx: got the header {data[:4]!r}, expected 00 00 08 and the number of dimensions")
+        raise BrokenDataError(f"idx: got the header {data[:4]!r}, expected 00 00 08 and the number of dimensions")
     start = 4 + 4 * data[3]
     shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
     array = torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8)
     count = int(torch.tensor(shape).prod())
     if len(array) != count:
-        raise ValueError(f"idx: got {len(array)} bytes for an array of shape {shape}")
+        raise BrokenDataError(f"idx: got {len(array)} bytes for an array of shape {shape}")
     return array.reshape(shape)

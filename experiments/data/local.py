@@ -7,12 +7,18 @@ import hashlib
 import os
 from pathlib import Path
 
+from experiments.config import ConfigError
+
 #: Environment variable with the folder of local data sets, for ``data_dir=None``.
 DATA_DIR = "RACE_DATA_DIR"
 
 
 class DataError(FileNotFoundError):
     """A data set that is not there; the message says how to get it."""
+
+
+class BrokenDataError(ConfigError):
+    """A file of a data set that is not what its name says; the message names it."""
 
 
 #: SHA-256 of the content of files that never change: of a .gz file unpacked, of an archive as it is.
@@ -41,7 +47,7 @@ def read_checked(folder: Path, file: str) -> bytes:
     """The bytes of a file, of .gz (not .tar.gz) unpacked, after its checksum where one is known.
 
     Raises:
-        DataError: absent. ValueError: a checksum that does not fit.
+        DataError: absent. BrokenDataError: a checksum that does not fit.
     """
     path = folder / file
     if not path.exists():
@@ -51,8 +57,8 @@ def read_checked(folder: Path, file: str) -> bytes:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError) as error:
-            raise ValueError(f"{path}: cannot be unpacked: {error}") from error
+            raise BrokenDataError(f"{path}: cannot be unpacked: {error}") from error
     found, expected = hashlib.sha256(data).hexdigest(), CHECKSUMS.get(f"{folder.name}/{file}")
     if expected is not None and found != expected:
-        raise ValueError(f"{path}: got content with SHA-256 {found}, expected {expected}")
+        raise BrokenDataError(f"{path}: got content with SHA-256 {found}, expected {expected}")
     return data

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.data.local import DataError, read_checked
+from experiments.data.local import BrokenDataError, DataError, read_checked
 
 CIFAR_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 CIFAR_ARCHIVE, CIFAR_FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"
@@ -21,7 +21,7 @@ def read_cifar10(folder: Path, split: str, side: int, grey: bool, limit: int | N
     """Pictures [N, C, side, side] uint8 and labels [N] of ``cifar-10-binary.tar.gz``, packed or unpacked.
 
     Raises:
-        DataError: absent. ValueError: a checksum that does not fit, or a file that is no CIFAR-10.
+        DataError: absent. BrokenDataError: a checksum that does not fit, or a file that is no CIFAR-10.
     """
     archive = folder / CIFAR_ARCHIVE
     if archive.exists():
@@ -33,7 +33,7 @@ def read_cifar10(folder: Path, split: str, side: int, grey: bool, limit: int | N
         files = [read_checked(inner if inner.is_dir() else folder, name) for name in CIFAR_FILES[split]]
     data = np.frombuffer(b"".join(files), dtype=np.uint8)
     if len(data) == 0 or len(data) % CIFAR_RECORD or data[::CIFAR_RECORD].max() > 9:
-        raise ValueError(
+        raise BrokenDataError(
             f"{folder}: got {len(data)} bytes that are no records of a label below 10 and {CIFAR_RECORD - 1} pixels"
         )
     records = data.reshape(-1, CIFAR_RECORD)[:limit]

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from experiments.config import ConfigError
 from experiments.data.local import DATA_DIR, DataError, find_data_dir, read_checked
 
 #: Folders of a standard library that hold somebody else's code, tests, or no code (the help texts of pydoc_data).
@@ -51,13 +52,13 @@ def load_text(name: str, data_dir: str | Path | None = None) -> Text:
 
     Raises:
         DataError: the files are absent; the message names both ways to get them.
-        ValueError: no such data set, or one too small to split.
+        ConfigError: no such data set, or one too small to split.
     """
     if name.startswith("file:"):
         data = Path(name[5:]).read_bytes()
         return text_of(name, *_split_bytes(data), name[5:])
     if name not in LOADERS:
-        raise ValueError(f"data: got {name!r}, allowed are " + ", ".join(LOADERS) + " and file:PATH")
+        raise ConfigError(f"data: got {name!r}, allowed are " + ", ".join(LOADERS) + " and file:PATH")
     return LOADERS[name](find_data_dir(data_dir))
 
 
@@ -147,7 +148,7 @@ def _split_bytes(data: bytes) -> tuple[bytes, bytes]:
 def text_of(name: str, train: bytes, valid: bytes, source: str, test: bytes = b"") -> Text:
     """A :class:`Text` of bytes to train on and bytes held out."""
     if len(train) < 2 or len(valid) < 2:
-        raise ValueError(f"data {name!r}: got {len(train)} bytes to train on and {len(valid)} held out")
+        raise ConfigError(f"data {name!r}: got {len(train)} bytes to train on and {len(valid)} held out")
     digest = hashlib.sha256(train + valid).hexdigest()
     as_tensor = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, valid)]
     tested = torch.frombuffer(bytearray(test), dtype=torch.uint8) if test else None
@@ -167,7 +168,7 @@ class WindowSampler:
 
     def __init__(self, text: Tensor, context: int, seed: int = 0) -> None:
         if text.ndim != 1 or len(text) < context + 1:
-            raise ValueError(f"context: got {context}, allowed is at most {len(text) - 1}, the length of the text - 1")
+            raise ConfigError(f"context: got {context}, allowed is at most {len(text) - 1}, the length of the text - 1")
         self.text, self.context, self.seed = text, context, seed
         self.windows = max(1, (len(text) - 1) // context - 1)  # one less leaves room for the offset
         self._epoch, self._starts = -1, torch.empty(0, dtype=torch.int64)
@@ -198,7 +199,7 @@ def evaluation_windows(text: Tensor, context: int, count: int) -> Iterator[tuple
     """``count`` windows spread evenly over a text (fewer where it is short): inputs, targets, [context] int64."""
     room = len(text) - 1 - context
     if room < 0:
-        raise ValueError(f"context: got {context}, allowed is at most {len(text) - 1}, the length of the text - 1")
+        raise ConfigError(f"context: got {context}, allowed is at most {len(text) - 1}, the length of the text - 1")
     count = min(count, room + 1)
     for i in range(count):
         start = room * i // max(1, count - 1) if count > 1 else room // 2

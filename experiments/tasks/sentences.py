@@ -13,7 +13,7 @@ from torch import nn
 
 from experiments.config import check
 from experiments.data.files import HUB, from_hub, local_folder
-from experiments.data.local import read_checked
+from experiments.data.local import BrokenDataError, read_checked
 from experiments.models.blocks import ModelConfig
 from experiments.models.encoder import HeadConfig, SequenceClassifier
 from experiments.tasks.base import Split, SplitTask, hold_out
@@ -143,7 +143,7 @@ def read_labelled(content: str, where: str) -> tuple[list[str], list[int]]:
     """Texts and labels of lines ``label<TAB>text`` after a line with the columns' names.
 
     Raises:
-        ValueError: a line of another form; the message names file and line.
+        BrokenDataError: a line of another form; the message names file and line.
     """
     texts, labels = [], []
     for number, line in enumerate(content.split("\n")[1:], start=2):
@@ -151,7 +151,7 @@ def read_labelled(content: str, where: str) -> tuple[list[str], list[int]]:
             continue
         label, tab, text = line.partition("\t")
         if not tab or not label.strip().isdigit():
-            raise ValueError(f"{where}, line {number}: got {line[:60]!r}, expected label<TAB>text")
+            raise BrokenDataError(f"{where}, line {number}: got {line[:60]!r}, expected label<TAB>text")
         texts.append(text.strip())
         labels.append(int(label))
     return texts, labels
