@@ -12,10 +12,6 @@ from torch import Tensor
 from experiments.baselines.base import ProjectedMixer
 from experiments.baselines.quadratic import cosine, visible, weighted_sum
 
-#: Hashes whose collisions are counted in one go: uncompiled that takes as many bytes for each pair of tokens, and each
-#: go reads and writes all of the counts, [B, H, T, T].
-AT_ONCE = 8
-
 
 class YosoMixer(ProjectedMixer):
     """normalise(sum_j w_ij v_j), queries and keys of unit length.
@@ -68,12 +64,31 @@ class YosoMixer(ProjectedMixer):
         codes = [
             ((x.float() @ planes.flatten(0, 1).T).unflatten(-1, planes.shape[:2]) > 0) * bits for x in (query, key)
         ]
-        of_query, of_key = (code.sum(-1).permute(3, 0, 2, 1).int() for code in codes)  # [hashes, B, H, T]
-        counts = [
-            (here[..., :, None] == there[..., None, :]).sum(0, dtype=torch.int16)
-            for here, there in zip(of_query.split(AT_ONCE), of_key.split(AT_ONCE), strict=True)
-        ]
-        return sum(counts[1:], counts[0]).float() / self.hashes
+        of_query, of_key = (  # [hashes, B * H, T]
+            code.sum(-1).permute(3, 0, 2, 1).flatten(1, 2).int().contiguous() for code in codes
+        )
+        return shares(of_query, of_key).unflatten(0, (len(query), -1))
+
+
+@torch.library.custom_op("race_experiments::shares", mutates_args=())
+def shares(of_query: Tensor, of_key: Tensor) -> Tensor:
+    """Share of the hashes in which two codes agree: [M, N, T] and [M, N, S] int32 -> [N, T, S] float32.
+
+    On a GPU by a kernel, which goes over the pairs once; torch, compiled or not, does so many times.
+    """
+    if of_query.is_cuda:
+        from experiments.baselines import collisions
+
+        return collisions.shares(of_query, of_key)
+    count = torch.zeros(*of_query.shape[1:], of_key.shape[2], dtype=torch.int16, device=of_key.device)
+    for here, there in zip(of_query, of_key, strict=True):
+        count += here[:, :, None] == there[:, None, :]
+    return count.float() / len(of_query)
+
+
+@shares.register_fake
+def _(of_query: Tensor, of_key: Tensor) -> Tensor:
+    return of_query.new_empty(*of_query.shape[1:], of_key.shape[2], dtype=torch.float32)
 
 
 class _LowerBoundGradient(torch.autograd.Function):
