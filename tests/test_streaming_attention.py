@@ -300,6 +300,63 @@ def test_bad_sources_say_so() -> None:
         stream_attention_backward(case.source(5), case.grad_source(5), forward=forward, **options)
 
 
+FOUR = torch.zeros(1, 4, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("segment", "error", "message"),
+    [
+        ({"query": FOUR, "key": FOUR, "values": FOUR}, TypeError, r"source: got a mapping of .*'values'"),
+        ((FOUR, FOUR, None), TypeError, "value of a segment: got NoneType, allowed is a Tensor"),
+        ((FOUR, FOUR[0], FOUR), ValueError, r"key of a segment: got shape \[4, 2, 8\], allowed is \[B, t"),
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_bad_segments_say_so(causal: bool, segment: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        stream_attention([segment], torch.randn(2, 2, 2, 8), 2.0, causal=causal)
+
+
+def test_bad_arguments_of_a_stream_say_so(tmp_path: Path) -> None:
+    segments, planes = [(FOUR,) * 3] * 3, torch.randn(2, 2, 2, 8)
+    for change, error, message in (
+        ({"count": 2}, ValueError, "count: got 2, allowed is None or what source has, 3"),
+        ({"count": "3"}, TypeError, "count: got '3', allowed is an integer"),
+        ({"tokens": 13}, ValueError, "tokens: got 13, allowed is what the source had, 12"),
+        ({"tokens": 13, "sink": tmp_path / "out.npy"}, ValueError, "tokens: got 13"),
+        ({"sink": torch.zeros(1, 12, 2, 8, dtype=torch.int32)}, TypeError, "sink: got an array of torch.int32"),
+        ({"initial_state": 3}, TypeError, "initial_state: got int, allowed is RaceState"),
+    ):
+        for causal in (False, True):
+            with pytest.raises(error, match=message):
+                stream_attention(segments, planes, 2.0, causal=causal, **change)
+    assert not (tmp_path / "out.npy").exists()
+    for planes, error, message in ((None, TypeError, "got NoneType"), (torch.zeros(2, 2), ValueError, "got shape")):
+        with pytest.raises(error, match=f"hyperplanes: {message}"):
+            stream_attention(segments, planes, 2.0)
+    with pytest.raises(TypeError, match=r"segment: got 2\.5, allowed is an integer"):
+        ArraySource(FOUR, 2.5)
+
+
+@pytest.mark.parametrize("name", ["causal", "full-all"])
+def test_a_backward_pass_over_other_tokens_is_refused(name: str) -> None:
+    """As many segments of other lengths have other states before them: the gradients would be wrong without a word."""
+    case = Case(name)
+    source, grads, options = list(case.source(5).walk()), list(case.grad_source(5).walk()), case.options
+    forward = stream_attention([*source[1:], source[0]], keep_every=1 if options.get("causal") else None, **options)
+    with pytest.raises(ValueError, match=r"source: got \(.* queries and keys in segment \d, allowed is"):
+        stream_attention_backward(source, grads, forward=forward, **options)
+    with pytest.raises(ValueError, match=r"grad_source: got shape \[.*\] in segment \d, allowed is \["):
+        stream_attention_backward(source, [x[:, :1] for x in grads], **options)
+    with pytest.raises((TypeError, ValueError), match=r"grad_source: got (NoneType|another number)"):
+        stream_attention_backward(source, [None] * len(source), **options)
+    for given, error in ((3, TypeError), ((torch.zeros(1),) * 2, ValueError), ((1, 2), TypeError)):
+        with pytest.raises(error, match="grad_state: "):
+            stream_attention_backward(source, grads, grad_state=given, **options)
+    with pytest.raises(TypeError, match="forward: got int, allowed is what stream_attention returned"):
+        stream_attention_backward(source, grads, forward=3, **options)
+
+
 def test_an_initial_state_alone_and_no_tokens() -> None:
     case = Case("causal-all")
     empty = {name: x[:, :0] for name, x in case.arrays.items()}
@@ -386,6 +443,16 @@ def test_bad_files_say_so(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-8])
     with pytest.raises(ValueError, match="cut short"):
         open_safetensors(tmp_path / "cut.safetensors")
+    (tmp_path / "text.npy").write_text("no NumPy, a text")
+    with pytest.raises(ValueError, match=r"text\.npy: got a file cut short or no \.npy file"):
+        open_npy(tmp_path / "text.npy")
+    for text in (b"hello", b"[1]  "):
+        (tmp_path / "text.safetensors").write_bytes((5).to_bytes(8, "little") + text)
+        with pytest.raises(ValueError, match=r"text\.safetensors: got no safetensors file"):
+            open_safetensors(tmp_path / "text.safetensors")
+    save_file({"query": torch.zeros(5)}, tmp_path / "flat.safetensors")
+    with pytest.raises(ValueError, match=r"got shape \[5\] of 'query', allowed is \[B, T"):
+        open_safetensors(tmp_path / "flat.safetensors")
 
 
 # -------------------------------------------------------------------------------------- journal and crashes
@@ -462,6 +529,13 @@ def test_a_journal_of_another_stream_is_refused(tmp_path: Path) -> None:
     other = case.options | {"hyperplanes": case.options["hyperplanes"] + 1}
     with pytest.raises(ValueError, match="the journal of another stream"):
         stream_attention(case.source(4), journal=tmp_path, **other)
+    state = stream_attention(case.source(4), **case.options).state
+    with pytest.raises(ValueError, match="the journal of another stream"):
+        stream_attention(case.source(4), journal=tmp_path, initial_state=state, **case.options)
+    gradients = (case.source(4), case.grad_source(4))
+    stream_attention_backward(*gradients, journal=tmp_path / "back", **case.options)
+    with pytest.raises(ValueError, match="the journal of another stream"):
+        stream_attention_backward(*gradients, journal=tmp_path / "back", grad_state=state, **case.options)
 
 
 def test_a_finished_stream_returns_at_once(tmp_path: Path) -> None:

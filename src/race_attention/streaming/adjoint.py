@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from race_attention.forms import is_tensor
 from race_attention.state import RaceState, state_dtype
 
 from .core import Core, StreamForward
 from .journal import Journal
 from .segments import Segment, Source, as_segment
 from .sinks import NullSink, Sink
-from .transfer import Writer, moved
+from .transfer import Writer, boxed, moved
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,22 @@ class Adjoint:
     def pairs(self, items: Iterator[tuple[Any, Any]]) -> Iterator[list[tuple[Segment, Any]]]:
         """Boxes with a segment and the gradient of its outputs, on the device."""
         ahead = getattr(self.source, "device", None) is None
-        return map(_checked_box, moved(items, self.device, ahead))
+        return map(boxed, moved(items, self.device, ahead))
+
+    def checked(self, index: int, box: list[tuple[Segment, Any]], with_grad: bool = True) -> tuple[Segment, Any]:
+        """What is in a box, emptied: as many tokens as the forward pass had in this segment, and their gradients."""
+        segment, grad = box.pop()
+        lengths = list(zip(self.forward.query_lengths, self.forward.key_lengths, strict=True))
+        given, allowed = (segment.query.shape[1], segment.key.shape[1]), lengths[index : index + 1]
+        if [given] != allowed:
+            raise ValueError(f"source: got {given} queries and keys in segment {index}, allowed is {allowed}")
+        if not with_grad:
+            return segment, None
+        is_tensor("grad_source", grad)
+        shape = (*segment.query.shape[:3], segment.value.shape[3])
+        if grad.shape != shape:
+            raise ValueError(f"grad_source: got shape {list(grad.shape)} in segment {index}, allowed is {list(shape)}")
+        return segment, grad
 
     def leaves(self, state: RaceState | None) -> dict[str, Tensor]:
         """What gradients are summed for: parameters and the state before."""
@@ -139,12 +155,7 @@ class Adjoint:
             self.adjoint = [adjoint["mass"].to(device), adjoint["value_sum"].to(device)] if adjoint else None
             return entry.numbers["phase"], entry.numbers["next"]
         if grad_state is not None:
-            pair = (grad_state.mass, grad_state.value_sum) if isinstance(grad_state, RaceState) else grad_state
-            like = (self.forward.state.mass, self.forward.state.value_sum)
-            for name, x, y in zip(("mass", "value_sum"), pair, like, strict=True):
-                if x.shape != y.shape:
-                    raise ValueError(f"grad_state: got {name} of shape {list(x.shape)}, allowed is {list(y.shape)}")
-            self.adjoint = [x.to(device=device, dtype=y.dtype) for x, y in zip(pair, like, strict=True)]
+            self.adjoint = [x.to(device) for x in pair_of(grad_state, self.forward.state)]
         return phase, position
 
     def _has_log_decay(self) -> bool:
@@ -173,7 +184,18 @@ class Adjoint:
         return StreamGradients(sums["d.hyperplanes"], sums["d.beta"], sums.get("d.log_decay"), adjoint[0], adjoint[1])
 
 
-def _checked_box(pair: tuple[Segment, Any]) -> list[tuple[Segment, Any]]:
-    if pair[1] is not None and not isinstance(pair[1], Tensor):
-        raise TypeError(f"grad_source: got a {type(pair[1]).__name__}, allowed is a Tensor for each segment")
-    return [pair]
+def pair_of(grad_state: RaceState | tuple[Tensor, Tensor], state: RaceState) -> list[Tensor]:
+    """The gradients of a state's mass and value_sum, of its dtype.
+
+    Raises:
+        TypeError, ValueError: of something else.
+    """
+    pair = (grad_state.mass, grad_state.value_sum) if isinstance(grad_state, RaceState) else grad_state
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"grad_state: got {type(pair).__name__}, allowed is a RaceState, or two tensors")
+    like = (state.mass, state.value_sum)
+    for name, x, y in zip(("mass", "value_sum"), pair, like, strict=True):
+        is_tensor(f"grad_state: {name}", x)
+        if x.shape != y.shape:
+            raise ValueError(f"grad_state: got {name} of shape {list(x.shape)}, allowed is {list(y.shape)}")
+    return [x.to(dtype=y.dtype) for x, y in zip(pair, like, strict=True)]

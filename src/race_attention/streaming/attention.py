@@ -13,7 +13,7 @@ from torch import Tensor
 
 from race_attention.state import RaceState
 
-from .core import Core, StreamForward, empty_state
+from .core import Core, StreamForward, empty_state, tensors_of
 from .journal import Boundaries, Entry, Journal
 from .progress import Progress, progress_of
 from .segments import Segment, Source, as_segment, as_source, read_twice
@@ -66,7 +66,8 @@ def stream_attention(
         keep_every: keeps the state before every n-th segment, for the backward pass. Default: none.
         keep_on: where those states wait, "cpu" for example. Default: where they are. With a journal, in a file.
         journal: a folder; a stream that is killed and started again with the same arguments continues after the
-            last segment entered there. A finished one returns at once.
+            last segment entered there. A finished one returns at once. Other hyperplanes, options or states are
+            refused; other tokens in as many segments are not seen.
         journal_every: segments between entries.
         progress: a bar (needs rich), or a function of (phase, done, total).
 
@@ -80,7 +81,8 @@ def stream_attention(
     read = as_source if causal else read_twice
     made = read("source", source, count)
     place = None if device is None else torch.device(device)
-    run = _Run(core.to(place), made, as_sink(sink), place, tokens, journal, journal_every, keep_every, keep_on)
+    before = tensors_of("initial_state", initial_state)
+    run = _Run(core.to(place), made, as_sink(sink), place, tokens, journal, journal_every, keep_every, keep_on, before)
     with ExitStack() as stack:
         bar = stack.enter_context(progress_of(progress))
         run.writer = stack.enter_context(Writer(run.sink))
@@ -103,10 +105,11 @@ class _Run:
         journal_every: int,
         keep_every: int | None,
         keep_on: torch.device | str | None,
+        before: tuple[Tensor, ...],
     ):
         self.core, self.source, self.sink, self.device = core, source, sink, device
         self.tokens = source.tokens if tokens is None else tokens
-        kind = ("forward", source.count, self.tokens, keep_every)
+        kind = ("forward", source.count, self.tokens, keep_every, *before)
         self.journal = Journal(journal, core.fingerprint(*kind), journal_every)
         self.forward = StreamForward(None)  # type: ignore[arg-type]
         if keep_every is not None and core.causal:
@@ -218,6 +221,8 @@ class _Run:
     def _end(self, state: RaceState | None) -> StreamForward:
         if state is None:
             raise ValueError("source: got no segments and no initial_state, allowed is one or more segments")
+        if self.tokens not in (None, self.forward.tokens):
+            raise ValueError(f"tokens: got {self.tokens}, allowed is what the source had, {self.forward.tokens}")
         self.writer.drain()
         self.sink.finish()
         self._enter("done", len(self.forward.key_lengths), state)

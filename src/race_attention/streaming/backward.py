@@ -19,9 +19,9 @@ from torch import Tensor
 
 from race_attention.state import RaceState
 
-from .adjoint import Adjoint, StreamGradients
+from .adjoint import Adjoint, StreamGradients, pair_of
 from .attention import stream_attention
-from .core import Core, StreamForward, empty_state
+from .core import Core, StreamForward, empty_state, tensors_of
 from .journal import Journal
 from .progress import Progress, progress_of
 from .segments import Indexed, Segment, Source, as_segment, indexed, read_twice
@@ -83,6 +83,8 @@ def stream_attention_backward(
     made, grads = read("source", source, count), read("grad_source", grad_source, count)
     sink = as_sink(grad_sink)
     place = None if device is None else torch.device(device)
+    if forward is not None and not isinstance(forward, StreamForward):
+        raise TypeError(f"forward: got {type(forward).__name__}, allowed is what stream_attention returned")
     if causal and forward is not None and forward.boundaries is None:
         raise ValueError("forward: got one without boundary states, allowed is what keep_every=n gives")
     if forward is None:
@@ -103,7 +105,10 @@ def stream_attention_backward(
             journal_every=journal_every,
             progress=progress,
         )
-    key = core.fingerprint("backward", made.count, forward.query_lengths, forward.key_lengths)
+    given = tensors_of("initial_state", initial_state)
+    if grad_state is not None:
+        given += tuple(pair_of(grad_state, forward.state))
+    key = core.fingerprint("backward", made.count, forward.query_lengths, forward.key_lengths, *given)
     with ExitStack() as stack:
         bar = stack.enter_context(progress_of(progress))
         writer = stack.enter_context(Writer(sink))
@@ -133,7 +138,7 @@ class _Causal(Adjoint):
         ends = self.pairs(self._backwards(left))
         for index, box in zip(reversed(range(left)), ends, strict=True):
             start -= self.forward.query_lengths[index]
-            self._segment(index, *box.pop(), start)
+            self._segment(index, *self.checked(index, box), start)
             bar.show("backward", total - index, total)
             if self.journal.due(total - index):
                 self.enter("backward", index)
@@ -188,7 +193,7 @@ class _BothWays(Adjoint):
         if phase == "queries":
             start = sum(self.forward.query_lengths[:begin])
             for index, box in enumerate(self.pairs(self._forwards(begin, True)), begin):
-                self._queries(*box.pop(), start)
+                self._queries(*self.checked(index, box), start)
                 start += self.forward.query_lengths[index]
                 bar.show("queries", index + 1, total)
                 if self.journal.due(index + 1):
@@ -196,7 +201,7 @@ class _BothWays(Adjoint):
             begin = 0
         start = sum(self.forward.key_lengths[:begin])
         for index, box in enumerate(self.pairs(self._forwards(begin, False)), begin):
-            self._keys(box.pop()[0], start)
+            self._keys(self.checked(index, box, with_grad=False)[0], start)
             start += self.forward.key_lengths[index]
             bar.show("keys", index + 1, total)
             if self.journal.due(index + 1):

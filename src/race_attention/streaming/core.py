@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from race_attention.attention import race_attention
+from race_attention.forms import is_tensor
 from race_attention.state import RaceState
 
 from .journal import Boundaries, fingerprint_of
@@ -50,6 +51,11 @@ class Core:
     backend: str
 
     def __post_init__(self) -> None:
+        is_tensor("hyperplanes", self.hyperplanes)
+        if self.hyperplanes.ndim != 4:
+            raise ValueError(f"hyperplanes: got shape {list(self.hyperplanes.shape)}, allowed is [G or 1, L, P, D]")
+        if self.log_decay is not None:
+            is_tensor("log_decay", self.log_decay)
         if self.log_decay is not None and self.log_decay.ndim != 1:
             raise ValueError(
                 f"log_decay: got shape {list(self.log_decay.shape)}, allowed is [G]; per token it is of the segments"
@@ -119,6 +125,19 @@ class Core:
         """A digest of all of it, and of ``more``."""
         fields = (self.hyperplanes, self.beta, self.causal, self.scale, self.log_decay, self.readout)
         return fingerprint_of(*fields, *more)
+
+
+def tensors_of(name: str, state: RaceState | None) -> tuple[Tensor, ...]:
+    """What a given state decides of a stream's results, for its fingerprint.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if state is None:
+        return ()
+    if not isinstance(state, RaceState):
+        raise TypeError(f"{name}: got {type(state).__name__}, allowed is RaceState")
+    return tuple(state.tensors().values())
 
 
 def empty_state(core: Core, segment: Segment) -> RaceState:

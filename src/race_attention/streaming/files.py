@@ -110,14 +110,17 @@ def open_npy(path: str | os.PathLike[str]) -> FileArray:
     """The array [B, T, ...] of a .npy file, for :class:`ArraySource`.
 
     Raises:
-        ValueError: Fortran order, a dtype that torch has not, or fewer than two axes.
+        ValueError: no .npy file, Fortran order, a dtype that torch has not, or fewer than two axes.
     """
     from numpy.lib import format as npy
 
     with open(path, "rb") as file:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        try:
+            version = npy.read_magic(file)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: got a file cut short or no .npy file ({error})") from error
         offset = file.tell()
     if fortran or dtype.str not in _NUMPY or len(shape) < 2:
         raise ValueError(
@@ -131,14 +134,19 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, FileArray]:
     """The arrays of a safetensors file by name, for :class:`ArraySource`.
 
     Raises:
-        ValueError: the file is cut short or no safetensors file.
+        ValueError: the file is cut short, no safetensors file, or has arrays of fewer than two axes.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
             raise ValueError(f"{path}: got a file cut short or no safetensors file")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path}: got no safetensors file ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: got no safetensors file, whose header is a dictionary")
     found = {}
     for name, about in header.items():
         if name == "__metadata__":
@@ -146,6 +154,8 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, FileArray]:
         begin, end = about["data_offsets"]
         if about["dtype"] not in _SAFETENSORS:
             raise ValueError(f"{path}: got dtype {about['dtype']} of {name!r}, allowed are {sorted(_SAFETENSORS)}")
+        if len(about["shape"]) < 2:
+            raise ValueError(f"{path}: got shape {about['shape']} of {name!r}, allowed is [B, T, ...]")
         if 8 + length + end > size:
             raise ValueError(f"{path}: got a file cut short: {name!r} ends at byte {8 + length + end} of {size}")
         found[name] = FileArray(Path(path), 8 + length + begin, tuple(about["shape"]), _SAFETENSORS[about["dtype"]])

@@ -114,6 +114,8 @@ def stream_backward(
     weights = _weights(weights, len(source))
     if not isinstance(keep_every, int) or keep_every < 1:
         raise ValueError(f"keep_every: got {keep_every!r}, allowed is an integer, 1 or more")
+    if initial_state is not None and not isinstance(initial_state, ModelState):
+        raise TypeError(f"initial_state: got {type(initial_state).__name__}, allowed is ModelState")
     if len(source) == 0:
         raise ValueError("segments: got none, allowed is one or more")
     with ExitStack() as stack:

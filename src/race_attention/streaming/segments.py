@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from race_attention.arguments import size
+from race_attention.forms import is_tensor
+
 from . import trees
 
 
@@ -43,11 +46,26 @@ def as_segment(item: Any) -> Segment:
     """The segment that a source has yielded.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is something else. ValueError: its tensors do not have four axes.
     """
+    segment = _segment_of(item)
+    for name in ("query", "key", "value"):
+        x = getattr(segment, name)
+        is_tensor(f"{name} of a segment", x)
+        if x.ndim != 4:
+            raise ValueError(f"{name} of a segment: got shape {list(x.shape)}, allowed is [B, t, heads, size]")
+    return segment
+
+
+def _segment_of(item: Any) -> Segment:
     if isinstance(item, Segment):
         return item
     if isinstance(item, Mapping):
+        names = set(item)
+        if not {"query", "key", "value"} <= names <= set(Segment._fields):
+            raise TypeError(
+                f"source: got a mapping of {sorted(names)}, allowed are query, key, value, and log_decay and key_mask"
+            )
         return Segment(**item)
     if isinstance(item, (tuple, list)) and 3 <= len(item) <= 5:
         return Segment(*item)
@@ -164,12 +182,11 @@ class ArraySource(Indexed):
 
 def segment_sizes(tokens: int, segment: int | Sequence[int]) -> list[int]:
     """The sizes of the segments of ``tokens`` tokens: all ``segment``, the last the rest; or those given, checked."""
-    if isinstance(segment, int):
-        if segment < 1:
-            raise ValueError(f"segment: got {segment}, allowed is 1 or more")
+    if not isinstance(segment, Iterable):
+        size("segment", segment)
         full, rest = divmod(tokens, segment)
         return [segment] * full + [rest] * (rest > 0)
-    sizes = [int(size) for size in segment]
+    sizes = [int(tokens_of_one) for tokens_of_one in segment]
     if sum(sizes) != tokens or min(sizes, default=0) < 0:
         raise ValueError(f"segment: got sizes that sum to {sum(sizes)}, allowed are sizes that sum to {tokens}")
     return sizes
@@ -221,8 +238,15 @@ def as_source(name: str, given: Any, count: int | None = None) -> Source:
     returns an iterable; an iterable; an iterator.
 
     Raises:
-        TypeError: none of these.
+        TypeError: none of these. ValueError: another ``count`` than there are.
     """
+    source = _as_source(name, given, count)
+    if count is not None and source.count not in (None, size("count", count, least=0)):
+        raise ValueError(f"count: got {count}, allowed is None or what {name} has, {source.count} segments")
+    return source
+
+
+def _as_source(name: str, given: Any, count: int | None) -> Source:
     if isinstance(given, Source):
         return given
     if isinstance(given, Iterator):

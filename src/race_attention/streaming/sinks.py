@@ -92,6 +92,8 @@ class ArraySink(Sink):
     def __init__(self, array: Any):
         self.array = array
         self.tensor: Tensor = array if isinstance(array, Tensor) else torch.from_numpy(array)
+        if not self.tensor.is_floating_point():
+            raise TypeError(f"sink: got an array of {self.tensor.dtype}, allowed is a floating dtype")
         self.on_cpu = self.tensor.device.type == "cpu"
 
     def write(self, pieces: Mapping[str, Tensor], start: int) -> None:
