@@ -90,7 +90,7 @@ def _columns(rows: Sequence[Row], run: Sequence[Row], base: Row | None) -> list[
         columns.append(_Column("ms / step", lambda row: "" if row.milliseconds is None else f"{row.milliseconds:.1f}"))
     if steps and timed:  # what training takes without evaluation, nothing else on the device
         columns.append(_Column("s in all", _seconds))
-    columns.append(_Column("memory, GB", lambda row: f"{row.memory_gb:.2f}"))
+    columns.append(_Column("memory, GB", lambda row: "" if row.memory_gb is None else f"{row.memory_gb:.2f}"))
     return columns
 
 

@@ -15,7 +15,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Row:
         tried: (setting, validation score with seed 0 or None where it failed, those of all its seeds).
         milliseconds: of a training step on a machine of its own, where ``speed.json`` has it.
         seconds: of the training runs, mean, on a machine that several runs shared.
-        memory_gb: peak; alone on the device where ``speed.json`` has it.
+        memory_gb: peak of training alone on the device, as ``speed.json`` has it; of the runs, which may have shared a
+            process, where that has none of any row.
         devices: that the runs were on.
         errors: of failed seeds.
         missing: why there is no result; None where there is one.
@@ -64,7 +65,7 @@ class Row:
     tried: tuple[tuple[str, float | None, tuple[float, ...]], ...] = ()
     milliseconds: float | None = None
     seconds: float = math.nan
-    memory_gb: float = math.nan
+    memory_gb: float | None = None
     devices: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     missing: str | None = None
@@ -104,8 +105,10 @@ def read_table(folder: Path, planned: Mapping[str, Mapping[str, Any]] | None = N
     for name, settings in methods.items():
         called = label(models[name], heads[0][0] if heads else None) if models.get(name) else name
         if settings:
-            alone = [speed.get(key, {}).get(name) for key in ("milliseconds", "memory_gb")]
-            rows.append(_row(name, called, models[name], settings, paper.get(name), *alone))
+            row = _row(name, called, models[name], settings)
+            if "memory_gb" in speed:
+                row = replace(row, memory_gb=speed["memory_gb"].get(name))
+            rows.append(replace(row, paper=paper.get(name), milliseconds=speed.get("milliseconds", {}).get(name)))
         else:
             rows.append(
                 Row(name, called, models.get(name, {}), missing=missing.get(name, NOT_RUN), paper=paper.get(name))
@@ -139,9 +142,6 @@ def _row(
     called: str,
     model: Mapping[str, Any],
     settings: Mapping[str, list[dict[str, Any]]],
-    paper: float | None,
-    milliseconds: float | None,
-    memory_gb: float | None,
 ) -> Row:
     tried = []
     for setting, results in settings.items():
@@ -167,12 +167,10 @@ def _row(
         steps=results[0].get("steps", 0),
         chosen=chosen,
         tried=tuple(sorted(tried, key=lambda one: _number(one[0]))),
-        milliseconds=milliseconds,
         seconds=statistics.fmean(result["seconds"] for result in results),
-        memory_gb=memory_gb or max(result["peak_memory_gb"] for result in results),
+        memory_gb=max(result["peak_memory_gb"] for result in results),
         devices=tuple(sorted({r["machine"].get("gpu") or r["machine"]["cpu"] for r in results})),
         errors=tuple(f"{chosen or 'seed'} {r['seed']}: {r['error']}" for r in results if r["error"]),
-        paper=paper,
     )
 
 

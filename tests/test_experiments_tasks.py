@@ -502,6 +502,10 @@ def test_tables_show_a_search_and_what_was_not_run(tmp_path):
     assert "| steps | ms / step | s in all | memory, GB |" in text
     assert "| e | 1.0000 (one seed) | 1.0000 | 1 | 1,000 | 500 | 3.2 | 1.6 | 1.00 |" in text
     assert {row.count("|") for row in text.splitlines() if row.startswith("|")} == {10, 3}
+    (tmp_path / "speed.json").write_text('{"milliseconds": {"e": 3.25}, "memory_gb": {"e": 0.5}}')
+    text = markdown(read_table(tmp_path), "t")  # memory alone and in company are not set beside each other
+    assert "| e | 1.0000 (one seed) | 1.0000 | 1 | 1,000 | 500 | 3.2 | 1.6 | 0.50 |" in text
+    assert "| a | 2.3000 ± 0.1414 | 1.9250 ± 0.0354 | 2 | 1,000 | 0 |  |  |  |" in text
     text = markdown(read_table(tmp_path), "t", against="e")
     assert "| e | 1.0000 (one seed) | 1.0000 |  | 1 |" in text
     assert "| a | 2.3000 ± 0.1414 | 1.9250 ± 0.0354 | +92.5 % | 2 |" in text
