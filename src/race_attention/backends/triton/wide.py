@@ -164,6 +164,38 @@ def load_age(ages, lines, G, group, line, inside, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def kept_in_block(
+    ages, lines, G, group, line, start, t, end, whole, part, C: tl.constexpr, CA: tl.constexpr, PRECISION: tl.constexpr
+):
+    """What is left of each key of a block at the last token of its CA, [C], and that token's ages, [C] twice.
+
+    :func:`accumulate_kernel` rounds a bucket times the former. Where keys and queries are worth the same to each other,
+    that number has to appear on both sides: what two roundings leave of a pair is in all sums before the two.
+    """
+    at = t - start + tl.arange(0, C)
+    last = tl.minimum(at // CA * CA + CA, end - start) - 1
+    last_whole, last_part = load_age(ages, lines, G, group, line + last, at < end - start, PRECISION)
+    return kept_between(last_whole, last_part, whole, part, at < end - start, PRECISION), last_whole, last_part
+
+
+@triton.jit
+def kept_of_block(
+    ages, lines, G, group, line, start, t, end, SUB, whole, part, C: tl.constexpr, CA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Likewise of queries: what is left at each of what was there before its CA, and there of the sub-run's beginning.
+
+    Both [C].
+    """
+    at = t - start + tl.arange(0, C)
+    first = at // CA * CA
+    goes_on = (first % SUB != 0) & (at < end - start)
+    first_whole, first_part = load_age(ages, lines, G, group, line + first - 1, goes_on, PRECISION)
+    kept = kept_between(whole, part, first_whole, first_part, at < end - start, PRECISION)
+    return kept, kept_since(first_whole, first_part, PRECISION)
+
+
+@triton.jit
 def kept_since(whole, part, PRECISION: tl.constexpr):
     """What is left at a token of what was there at the beginning of its sub-run."""
     if PRECISION == "bf16":
@@ -330,6 +362,8 @@ def accumulate_kernel(
             masses = add_dot(masses, tl.trans(phi), operand(of_mass, PRECISION), PRECISION)
         else:
             if HAS_DECAY:
+                if not HALVES:  # of what is stored
+                    phi = operand(phi, PRECISION).to(tl.float32)
                 phi *= kept_between(end_whole, end_part, whole, part, True, PRECISION)[:, None]
             phi = operand(phi, PRECISION)
             masses = add_dot(masses, tl.trans(phi), ones, PRECISION)

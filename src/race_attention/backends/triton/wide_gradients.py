@@ -39,6 +39,8 @@ from .wide import (
     kept_after,
     kept_before,
     kept_between,
+    kept_in_block,
+    kept_of_block,
     kept_since,
     kernel,
     load_age,
@@ -60,7 +62,7 @@ def value_gradient_kernel(
     mb: tl.int64, mt: tl.int64, mh: tl.int64, first: tl.int64, lines: tl.int64,
     T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
     SHARE: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, QP: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, CA: tl.constexpr, FEW: tl.constexpr, QP: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """grad_value of a block of keys, contiguous [B, T, G, V] (programs: runs * blocks * G * column tiles).
@@ -89,12 +91,16 @@ def value_gradient_kernel(
     if HAS_DECAY:
         k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C, PRECISION)
         end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True, PRECISION)
+        kept_here, last_whole, last_part = kept_in_block(
+            ages, lines, G, group, line, start, t, end, k_whole, k_part, C, CA, PRECISION
+        )
 
     dv = tl.zeros([C, VB], tl.float32)
     of_mass = tl.zeros([C], tl.float32)
     if HAS_DECAY:
         for at in tl.range(0, SW, FEW, num_stages=1):
             k = load_columns(phi_k, G * SW, 0, keys, at, SW, C, FEW, True)
+            k = operand(k.to(tl.float32) * kept_here[:, None], PRECISION)
             grad_sum, grad_mass = load_between(state, local + slot * (S * V), local_mass + slot * S, kept, has_local,
                                                at + tl.arange(0, FEW), v, S, V)  # fmt: skip
             dv += fine_dot(k, grad_sum, PRECISION)
@@ -106,7 +112,7 @@ def value_gradient_kernel(
                                                at + tl.arange(0, SB), v, S, V)  # fmt: skip
             dv = add_dot(dv, k, operand(grad_sum, PRECISION), PRECISION)
     if HAS_DECAY:
-        left = kept_between(end_whole, end_part, k_whole, k_part, True, PRECISION)
+        left = kept_between(end_whole, end_part, last_whole, last_part, keys, PRECISION)
         dv *= left[:, None]
         inside = keys_inside(key_mask, mt, t, end, C, HAS_MASK)
         values = operand(load_columns(value + whole_rows(batch * vb + group * vh, ALIGNED), vt, t, inside, column,
@@ -166,7 +172,7 @@ def query_buckets_gradient_kernel(
     T: tl.int64, RUN: tl.int64, SUB: tl.int64, NC: tl.int64, G: tl.int64, BLOCKS: tl.int64,
     SHARE: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, SW: tl.constexpr, SB: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, LIFT: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, FEW: tl.constexpr, QP: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, CA: tl.constexpr, FEW: tl.constexpr, QP: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -210,14 +216,18 @@ def query_buckets_gradient_kernel(
         d_phi += fine_dot(some, tl.trans(value_sum), PRECISION)
         d_phi -= tl.where(at == 0, delta, 0.0)[:, None] * mass[None, :]
     if HAS_DECAY:
-        d_phi *= (kept_since(q_whole, q_part, PRECISION) * inverse)[:, None]
         of_table = tile * SB >> P
         w = load_hash(planes, group, of_table, L, P, D, DP, N, PRECISION)
         rows_q = load_rows(query + whole_rows(batch * qb + head * qh, ALIGNED), qt, t, queries, C, D, DP, ALIGNED)
         logs = side_logs(hashed(rows_q, w, C, N, PRECISION), tl.load(beta + group), C, N, PRECISION)
-        q = operand(buckets_at(logs, tile * SB, of_table, C, SB, S, P, N, LIFT, PRECISION), PRECISION)
-        terms = tl.sum(d_phi * q.to(tl.float32), 1)
+        phi = buckets_at(logs, tile * SB, of_table, C, SB, S, P, N, LIFT, PRECISION)
+        kept_here, since = kept_of_block(
+            ages, lines, G, group, line, start, t, end, SUB, q_whole, q_part, C, CA, PRECISION
+        )
+        q = operand(phi * (inverse * kept_here)[:, None], PRECISION)
+        terms = tl.sum(d_phi * q.to(tl.float32), 1) * since
         tl.store(of_query + query_at * QP + (QP - NT + tile), terms, mask=queries)
+        d_phi *= (kept_since(q_whole, q_part, PRECISION) * inverse)[:, None]
     else:
         d_phi *= inverse[:, None]
     for u in range(sub, tl.minimum(t + C, end), CK):

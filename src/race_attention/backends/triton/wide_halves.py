@@ -40,6 +40,8 @@ from .wide import (
     kept_after,
     kept_before,
     kept_between,
+    kept_in_block,
+    kept_of_block,
     kept_since,
     kernel,
     load_age,
@@ -135,8 +137,9 @@ def query_gradient_kernel(
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     LIFT: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
     PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, RESIDUAL: tl.constexpr, NEED_PLANES: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, CA: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, RESIDUAL: tl.constexpr,
+    NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
     """grad_query of a block of queries, contiguous [B, T, H, D] (programs: runs * blocks * H).
 
@@ -174,6 +177,11 @@ def query_gradient_kernel(
     if HAS_DECAY:
         q_whole, q_part = load_ages(ages, lines, G, group, line + t - start, queries, C, PRECISION)
         scale *= kept_since(q_whole, q_part, PRECISION)
+        kept_here, since = kept_of_block(
+            ages, lines, G, group, line, start, t, end, SUB, q_whole, q_part, C, CA, PRECISION
+        )
+        kept_here *= inverse
+        terms = tl.zeros([C], tl.float32)
 
     w = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
     y = hashed(load_rows(query, qt, t, queries, C, D, DP, ALIGNED), w, C, N, PRECISION)
@@ -184,13 +192,14 @@ def query_gradient_kernel(
         s = at + tl.arange(0, SB)
         value_sum, mass = load_between(state, local, local_mass, kept, sub > start, s, v, S, V)
         d_phi = fine_dot(do, tl.trans(value_sum), PRECISION) - delta[:, None] * mass[None, :]
+        if HAS_DECAY:
+            terms += tl.sum(d_phi * operand(phi * kept_here[:, None], PRECISION).to(tl.float32), 1)
         d_phi *= scale[:, None] * phi
         choice = tl.trans(corners_of(at, 0, SB, P, N, PRECISION))
         of_logs = add_sums(of_logs, d_phi, choice, PRECISION)
 
-    if HAS_DECAY:  # of each table the sum over one plane's sides is that over the buckets
-        n = tl.arange(0, 2 * N) % N
-        terms = tl.sum(tl.where((n % P == 0)[None, :], of_logs, 0.0), 1)
+    if HAS_DECAY:
+        terms *= since
     halves = halves_of(logs, queries, C, L, P, PL, N, HW, LIFT, PRECISION)
     grads = zeros_of(L, C, HW)
     for u in range(sub, tl.minimum(t + C, end), CK):
@@ -230,8 +239,8 @@ def key_gradient_kernel(
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     LIFT: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr,
     PL: tl.constexpr, HW: tl.constexpr, FW: tl.constexpr,
-    C: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
+    C: tl.constexpr, CK: tl.constexpr, CA: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, NEED_PLANES: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value of a block of keys, contiguous (programs: runs * blocks * G).
 
@@ -263,6 +272,9 @@ def key_gradient_kernel(
         k_whole, k_part = load_ages(ages, lines, G, group, line + t - start, keys, C, PRECISION)
         end_whole, end_part = load_age(ages, lines, G, group, line + sub_end - 1 - start, True, PRECISION)
         left = kept_between(end_whole, end_part, k_whole, k_part, True, PRECISION)
+        kept_here, last_whole, last_part = kept_in_block(
+            ages, lines, G, group, line, start, t, end, k_whole, k_part, C, CA, PRECISION
+        )
 
     w = load_hash(planes, group, 0, L, P, D, DP, N, PRECISION)
     y = hashed(load_rows(key, kt, t, inside, C, D, DP, ALIGNED), w, C, N, PRECISION)
@@ -273,17 +285,19 @@ def key_gradient_kernel(
     terms = tl.zeros([C], tl.float32)
     for at in tl.range(0, GB, SB, num_stages=1):
         phi = tl.where(inside[:, None], buckets_at(logs, at, 0, C, SB, S, P, N, LIFT, PRECISION), 0.0)
-        phi *= left[:, None]
         s = at + tl.arange(0, SB)
         grad_sum, grad_mass = load_between(state, local, local_mass, kept, has_local, s, v, S, V)
         d_phi = fine_dot(rows, tl.trans(grad_sum), PRECISION) + grad_mass[None, :]
+        if HAS_DECAY:
+            terms += tl.sum(d_phi * operand(phi * kept_here[:, None], PRECISION).to(tl.float32), 1)
+        phi *= left[:, None]
         choice = tl.trans(corners_of(at, 0, SB, P, N, PRECISION))
         d_phi *= phi
         of_logs = add_sums(of_logs, d_phi, choice, PRECISION)
         dv = add_dot(dv, operand(phi, PRECISION), operand(grad_sum, PRECISION), PRECISION)
-        if HAS_DECAY:
-            terms += tl.sum(d_phi, 1)
 
+    if HAS_DECAY:
+        terms *= kept_between(end_whole, end_part, last_whole, last_part, keys, PRECISION)
     halves = halves_of(logs, inside, C, L, P, PL, N, HW, LIFT, PRECISION)
     grads = zeros_of(L, C, HW)
     for n in range(0, (sub_end - t + CK - 1) // CK * SHARE):

@@ -219,7 +219,8 @@ class Segment:
             wide_gradients.value_gradient_kernel, (self.count * self._blocks(config[0]) * p.groups * parts,),
             self.phi_q, self.phi_k, p.value, p.grad_out, self.mask, deltas, p.inverses, *self.decay, self.totals,
             self.table, after, *between, dv, of_key, of_query, *p.value.stride()[:3], *p.grad_out.stride()[:3],
-            *self._numbers(config[0]), VB=config[3], FEW=FEW, QP=self._query_parts(of_query), **self._pairs(config),
+            *self._numbers(config[0]), VB=config[3], CA=self.tiles.accumulate[0], FEW=FEW,
+            QP=self._query_parts(of_query), **self._pairs(config),
         )  # fmt: skip
         return of_key
 
@@ -234,8 +235,8 @@ class Segment:
             p.query, self.phi_k, p.value, p.grad_out, p.out, residual_of(p), self.mask, p.hyperplanes, p.beta, deltas,
             p.inverses, *self.decay, self.table, before, *between, grad_phi, of_query,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
-            VP=plan.power_of_two(p.shape.value_dim, 16), FEW=FEW, QP=self._query_parts(of_query),
-            RESIDUAL=has_residual(p), **buckets, **self._pairs(config),
+            VP=plan.power_of_two(p.shape.value_dim, 16), FEW=FEW, CA=self.tiles.accumulate_queries[0],
+            QP=self._query_parts(of_query), RESIDUAL=has_residual(p), **buckets, **self._pairs(config),
         )  # fmt: skip
         return grad_phi
 
@@ -277,7 +278,7 @@ class Segment:
             p.query, self.phi_k, p.value, p.grad_out, p.out, residual_of(p), self.mask, p.hyperplanes, p.beta,
             deltas, p.inverses, *self.decay, self.table, before, *between, dq, grad_y, of_beta, of_query,
             *p.query.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
-            NEED_PLANES=planes, RESIDUAL=has_residual(p), **options,
+            NEED_PLANES=planes, RESIDUAL=has_residual(p), CA=self.tiles.accumulate_queries[0], **options,
         )  # fmt: skip
         self._parameters(p.query, p.share, grad_y, of_beta, parts, planes)
 
@@ -296,7 +297,7 @@ class Segment:
             p.key, self.phi_q, p.value, p.grad_out, self.mask, p.hyperplanes, p.beta, deltas, p.inverses,
             *self.decay, self.totals, self.table, after, *between, dk, dv, grad_y, of_beta, of_key,
             *p.key.stride()[:3], *p.value.stride()[:3], *p.grad_out.stride()[:3], *self._numbers(config[0]),
-            NEED_PLANES=planes, **options,
+            NEED_PLANES=planes, CA=self.tiles.accumulate[0], **options,
         )  # fmt: skip
         self._parameters(p.key, 1, grad_y, of_beta, parts, planes)
         return of_key
