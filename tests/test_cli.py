@@ -149,6 +149,8 @@ class TestBench:
             (("--planes", "11"), "planes"),
             (("--dtype", "int8"), "dtype"),
             (("--device", "nowhere"), "nowhere"),
+            (("--device", "meta"), "meta"),
+            (("--tokens", "1000000000000"), "tokens"),
         ],
     )
     def test_refuses(self, options, named):

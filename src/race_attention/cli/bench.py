@@ -16,7 +16,7 @@ from race_attention.attention import BackendWarning, choose_backend, race_attent
 from race_attention.backends.call import Call
 from race_attention.features import sample_hyperplanes
 
-from .common import Json, console, si, table, write_json
+from .common import Json, console, enough_memory, si, table, write_json
 from .info import devices, probe
 
 
@@ -53,8 +53,9 @@ def command(
     kind = getattr(torch, dtype.value)
     try:
         served = _served(backend, probe(str(place), kind, dim=head_dim, planes=planes, tables=tables, causal=causal))
-        call = _calls(place, kind, (batch, tokens, heads, head_dim), (planes, tables), causal, served, backward)
-        times = measure(call, repeats, place)
+        with enough_memory("tokens, batch, heads, head-dim, planes, tables"):
+            call = _calls(place, kind, (batch, tokens, heads, head_dim), (planes, tables), causal, served, backward)
+            times = measure(call, repeats, place)
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
     size = batch * tokens * heads * head_dim * kind.itemsize
@@ -111,6 +112,8 @@ def _device(name: str | None, option: str = "device") -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's builds without CUDA assert
         raise typer.BadParameter(f"{option}: got {name!r}, which torch cannot use here: {error}") from None
+    if device.type == "meta":
+        raise typer.BadParameter(f"{option}: got {name!r}, allowed is a device that computes")
     return device
 
 

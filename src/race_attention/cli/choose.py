@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from race_attention.arguments import number
 from race_attention.backends.triton import MOST_BUCKETS
+from race_attention.forms import MAX_BETA, MAX_PLANES
 
 from .common import Json, console, si, table, write_json
 
-MAX_PLANES = 10
 STATE_BYTES = 8  # states are float64
 PAPER = ((2, 2), (3, 3), (4, 4))  # (P, L), the configurations of the paper's experiments
 
@@ -107,10 +108,10 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Suggests (P, L) from a wished sharpness and memory, beside the configurations of the paper."""
-    if beta is not None and not 0 < beta <= 1e4:
-        raise typer.BadParameter(f"beta: got {beta:g}, allowed is a number in (0, 1e4]")
     values = head_dim if value_dim is None else value_dim
     try:
+        if beta is not None:
+            number("beta", beta, 0.0, MAX_BETA)
         chosen = suggest(head_dim, values, tokens, half_angle, int(state_kib * 1024), beta)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

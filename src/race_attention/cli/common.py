@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, for other programs to read.")]
+
+
+@contextmanager
+def enough_memory(options: str) -> Iterator[None]:
+    """Names ``options`` where memory does not suffice, in place of a traceback."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch raises a plain RuntimeError for the CPU's
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise typer.BadParameter(f"{options}: got more than memory holds: {reason}") from None
 
 
 def write_json(data: Any) -> None:

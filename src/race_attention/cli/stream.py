@@ -10,14 +10,17 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from race_attention.arguments import number
 from race_attention.features import sample_hyperplanes
+from race_attention.forms import MAX_BETA
 from race_attention.streaming.generated import GeneratedStream
 from race_attention.streaming.measured import checksums, keep_freed_memory, measure, peak_memory
 
 from .bench import Dtype, _device, _name, _served
-from .common import Json, console, si, table, write_json
+from .common import Json, console, enough_memory, si, table, write_json
 from .info import probe
 
+_MOST = 10**12  # a list of segments has to be possible
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
@@ -26,12 +29,12 @@ def number_of_tokens(text: str | int) -> int:
     lower = str(text).strip().lower().replace("_", "").replace(",", "")
     unit = lower[-1:] if lower[-1:] in "kmgb" else ""
     try:
-        number = float(lower[: len(lower) - len(unit)]) * _UNITS[unit]
-        tokens = round(number)
+        given = float(lower[: len(lower) - len(unit)]) * _UNITS[unit]
+        tokens = round(given)
     except (ValueError, OverflowError):
         raise typer.BadParameter(f"got {text!r}, allowed is a number with k, M, G or B behind it, or without") from None
-    if tokens < 1 or tokens != number:
-        raise typer.BadParameter(f"got {text!r}, allowed is a whole number of tokens, 1 or more")
+    if not 1 <= tokens <= _MOST or tokens != given:
+        raise typer.BadParameter(f"got {text!r}, allowed is a whole number of tokens, 1 to {_MOST:g}")
     return tokens
 
 
@@ -82,9 +85,10 @@ def command(
             "journal_every": journal_every,
             "progress": sys.stderr.isatty() if progress is None else progress,
         }
-        seconds, sums, gradients = measure(
-            source, _hash(heads, tables, planes, dim, place, beta), options, backward, keep_every, keep_on, journal
-        )
+        with enough_memory("segment, heads, dim, planes, tables"):
+            seconds, sums, gradients = measure(
+                source, _hash(heads, tables, planes, dim, place, beta), options, backward, keep_every, keep_on, journal
+            )
     except (ValueError, TypeError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
     except OSError as error:
@@ -121,8 +125,7 @@ def command(
 def _hash(
     heads: int, tables: int, planes: int, dim: int, device: torch.device, beta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not 0 < beta <= 1e4:
-        raise ValueError(f"beta: got {beta:g}, allowed is a number in (0, 1e4]")
+    number("beta", beta, 0.0, MAX_BETA)
     return sample_hyperplanes(heads, tables, planes, dim, device=device), torch.full((heads,), beta, device=device)
 
 
