@@ -139,13 +139,13 @@ def assert_in_hull(out, inputs, dtype):
 @WIDE
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("huge", [("query", "key"), ("value",), ("query", "key", "value")])
-def test_numbers_whose_sums_float32_just_holds(backend, dtype, causal, huge):
-    """Of 1e34: projections add up tens of them, states hundreds. Past 3e38 a sum of float32 is infinite."""
+def test_numbers_whose_sums_float32_holds(backend, dtype, causal, huge):
+    """Of 1e30: projections add up tens of them, states and gradients thousands. Past 3e38 float32 is infinite."""
     skip_unless_runnable(backend)
     options = {"causal": causal, "tokens": 300, "planes": 3, "decay": "token" if causal else None}
     inputs = make_inputs(**options, dtype=dtype, device=backend.device, requires_grad=True)
     for name in huge:
-        inputs[name] = (1e34 * inputs[name].detach().clamp(-1, 1)).requires_grad_()
+        inputs[name] = (1e30 * inputs[name].detach().clamp(-1, 1)).requires_grad_()
     out, gradients = run(inputs, backend)
     assert_in_hull(out, inputs, dtype)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
