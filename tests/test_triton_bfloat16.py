@@ -57,16 +57,18 @@ def test_decay_gradient_of_a_long_run(dtype: torch.dtype) -> None:
     assert_equal_results(results, right, dtype)
 
 
-@pytest.mark.parametrize(("planes", "tables"), [(6, 2), (4, 5)])
+@pytest.mark.parametrize(("planes", "tables", "tokens"), [(6, 2, 700), (4, 5, 900)])
 @pytest.mark.usefixtures("one_run")
-def test_decay_gradient_of_several_sub_runs(planes: int, tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decay_gradient_of_several_sub_runs(
+    planes: int, tables: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the keys before a sub-run are worth is rounded alike for them and for its queries."""
     from race_attention.backends.triton import plan
     from tests.bfloat16 import as_on_a_gpu
 
     monkeypatch.setattr(plan, "SUB_RUN", 128)
     inputs = make_inputs(
-        causal=True, batch=1, tokens=900, heads=1, dim=64, scale=0.125, planes=planes, tables=tables, decay="head",
+        causal=True, batch=1, tokens=tokens, heads=1, dim=64, scale=0.125, planes=planes, tables=tables, decay="head",
         dtype=torch.bfloat16, seed=1, requires_grad=True,
     )  # fmt: skip
     inputs["log_decay"] = torch.full_like(inputs["log_decay"], -1.0).requires_grad_()
