@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu_measure import MILLION, Report, freed, row
 from benchmarks.gpu_peers import CONFIGURATIONS, DIM, EXACT, HEADS, Candidates, Exact, Linear, Race, Step, has_linear
-from benchmarks.gpu_short import crossover, host, packed
+from benchmarks.gpu_short import NOT_CAUSAL, PACKED, crossover, host, packed
 from race_attention.backends.triton.decode import decode_
 
 WIDE = ((6, 2), (8, 1))
@@ -187,13 +187,9 @@ def jobs_of(only: list[str]) -> list[tuple[Any, ...]]:
         jobs += [("race", *pair, tokens, causal, True) for pair, causal, tokens in shorter]
     if "packed" in only:
         jobs += [
-            ("race", *pair, sum(lengths), causal, backward, HEADS, False, "triton", lengths)
-            for causal, lengths in (
-                (True, (8,) * 4096),
-                (True, (1 << 15,)),
-                (False, (100,) * 400),
-                (False, (10,) * 4000),
-            )
+            ("race", *pair, sum(PACKED[name]), causal, backward, HEADS, False, "triton", PACKED[name])
+            for causal, names in ((False, NOT_CAUSAL), (True, PACKED))
+            for name in names
             for backward in (True, False)
             for pair in CONFIGURATIONS
         ]
