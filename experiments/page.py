@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from experiments import tables
@@ -41,17 +40,11 @@ def _table(name: str, title: str, patterns: Sequence[str], results: Path, config
         return f"**{title}**\n\n*Not run yet; `experiments/configs/{name}.toml` says what is planned.*\n"
     rows = tables.read_table(results / name, tables.planned_rows(config))
     against = next((pattern[1:] for pattern in patterns if pattern.startswith("=")), None)
-    rows = [row for row in rows if _wanted(row.name, [one for one in patterns if not one.startswith("=")])]
+    rows = [row for row in rows if tables.wanted(row.name, [one for one in patterns if not one.startswith("=")])]
     if not rows:
         raise ConfigError(f"accuracy: got {' '.join(patterns)!r} for {name}, of which it has no row")
     source = f"From `experiments/results/{name}`; settings in `experiments/configs/{name}.toml`."
     return f"{markdown(rows, title, against)}\n{source}\n"
-
-
-def _wanted(row: str, patterns: Sequence[str]) -> bool:
-    left_out = any(fnmatchcase(row, pattern[1:]) for pattern in patterns if pattern.startswith("!"))
-    chosen = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
-    return not left_out and any(fnmatchcase(row, pattern) for pattern in chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

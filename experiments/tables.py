@@ -16,6 +16,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +202,22 @@ def planned_rows(config: Path) -> dict[str, Mapping[str, Any]]:
     return {name: merge(model, own.get("model", {})) for name, own in rows.items()}
 
 
+def wanted(row: str, patterns: Sequence[str]) -> bool:
+    """Whether a row matches one of the patterns, as of file names, and none of those after a ``!``."""
+    left_out = any(fnmatchcase(row, pattern[1:]) for pattern in patterns if pattern.startswith("!"))
+    chosen = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    return not left_out and any(fnmatchcase(row, pattern) for pattern in chosen)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.tables", description=__doc__)
     parser.add_argument("table", nargs="*", help="tables to render; default all with results")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"))
     parser.add_argument("--configs", type=Path, default=Path("experiments/configs"), help="whose rows are shown")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="PATTERN", help="as of file names; !PATTERN leaves out"
+    )
     parser.add_argument("--plots", type=Path, help="folder for a plot of each table, score against time")
     parser.add_argument("--format", default="png", help="of the plots: png, svg...")
     parser.add_argument("--prefix", default="", help="of the plots' names")
@@ -218,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(bool(names), "--results", str(given.results), "a folder with results of experiments.run")
         for name in names:
             rows = read_table(given.results / name, planned_rows(given.configs / f"{name}.toml"))
+            rows = [row for row in rows if wanted(row.name, given.rows)]
             print(markdown(rows, name))
             if given.plots:
                 from experiments.table_plot import plot

@@ -419,6 +419,10 @@ def test_command_lines(data, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"\| softmax \| [\d.]+ ± [\d.]+ \| 82.1 \| 2 \|", shown)
     assert (tmp_path / "plots/t.png").stat().st_size > 5000
+    tables_main(["t", "--results", str(tmp_path / "res"), "--rows", "*", "!soft*"])
+    shown = capsys.readouterr().out
+    assert "| linear" in shown
+    assert "softmax" not in shown
     for arguments in (
         [str(file), *common, "--row", "magic"],
         [str(tmp_path / "absent.toml")],
