@@ -24,6 +24,7 @@ from .narrow import (
     begins_of,
     block_decay,
     chunk_at,
+    features_at,
     load_mass,
     load_sums,
     row_block,
@@ -59,7 +60,7 @@ def place_of(run, batch, row, token, T, CH: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] != "x"])
 def adjoint_kernel(
-    query_features, grad_out, out, log_decay, table, adjoints, inner_after, mass_after,
+    query_features, grad_out, out, log_decay, table, adjoints, inner_after, mass_after, fades_after,
     ob: tl.int64, ot: tl.int64, oh: tl.int64,
     gb: tl.int64, gt: tl.int64, gh: tl.int64, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
     SHARE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, V: tl.constexpr,
@@ -70,8 +71,9 @@ def adjoint_kernel(
     """The gradient of the value sums before each run that its own queries give (programs: runs * H).
 
     It goes from a run's last block to its first, and leaves what later queries of the run give to the value sums at
-    each chunk's end, [places, H, V, SW]. With MASSES, where nothing decays and blocks are chunks, the same of the
-    masses, [places, H, SW]: minus the sum of phi_q / den times grad_out . out, which is as good as out is rounded.
+    each chunk's end, [places, H, V, SW]. With MASSES, where blocks are chunks, the same of the masses, [places, H, SW]:
+    minus the sum of phi_q / den times grad_out . out, which is as good as out is rounded. And with decay then the log
+    decay from there to the run's end, ``fades_after``.
     """
     S: tl.constexpr = L << P
     H = G * SHARE
@@ -98,6 +100,7 @@ def adjoint_kernel(
         outs = rows_from(out, H * V, count, C, V, VP, ALIGNED, DESCRIBED)
         eight = tl.arange(0, 8)[None, :]
         of_mass = tl.zeros([SP, 8], tl.float32)
+        so_far = tl.zeros([], tl.float32)
 
     blocks = (count + (C - 1)) // C
     for i in range(blocks):
@@ -110,6 +113,8 @@ def adjoint_kernel(
                 tl.store(inner + (v[:, None] * SW + s[None, :]), operand(grads, PRECISION), mask=mask)
                 if MASSES:
                     tl.store(mass_after + at * SW + s, tl.sum(of_mass, 1), mask=s < SW)
+                    if HAS_DECAY:
+                        tl.store(fades_after + at, so_far)
         here = c < count - t
         do = row_block(grad_outs, ot, t, 0, here, C, V, VP, ALIGNED, DESCRIBED)
         seen = row_block(features, width, t, 0, here, C, SW, SP, ALIGNED, DESCRIBED)
@@ -122,6 +127,9 @@ def adjoint_kernel(
                 whole, part, since, left, kept, total = block_decay(log_decay, gt, t, count, C, PRECISION)
             seen = operand(seen.to(tl.float32) * since[:, None], PRECISION)
             grads *= kept
+            if MASSES:
+                of_mass *= kept
+                so_far += total
         if JOINED:
             begins, begin = begins_of(table, t, count, C)
             seen = tl.where((begins < 0)[:, None], seen, 0.0)
@@ -165,6 +173,40 @@ def parts_kernel(
     high = sums.to(parts.dtype.element_ty)
     tl.store(at, high, mask=mask)
     tl.store(at + V * SW, (sums - high.to(tl.float32)).to(parts.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[name for name in NEVER_SPECIALIZED if name[0] in "TRNG"])
+def mass_parts_kernel(
+    query_features, deltas, fades, table, mass_parts, T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64,
+    SP: tl.constexpr, SW: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, JOINED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``mass_parts`` where blocks are chunks, from ``deltas`` [B, H, T] (programs: blocks * H).
+
+    For heads that have keys of their own, with decay.
+    """
+    block = tl.program_id(0) // G.to(tl.int32)
+    head = tl.program_id(0) - block * G
+    per_run = (RUN // C).to(tl.int32)
+    run = block // per_run
+    first = (block - run * per_run) * C
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    count = (end - start).to(tl.int32)
+    if first >= count:
+        return
+    tokens = (batch * G + head) * T + start
+    c = tl.arange(0, C)
+    s = tl.arange(0, SP)
+    here = c < count - first
+    seen = features_at(query_features + tokens * SW, first, here, C, SP, SW)
+    delta = tl.load(deltas + tokens + first + c, mask=here, other=0.0)
+    since = tl.exp(tl.load(fades + tokens + first + c, mask=here, other=0.0))
+    seen = operand(seen.to(tl.float32) * since[:, None], PRECISION).to(tl.float32)
+    if JOINED:
+        begins, begin = begins_of(table + start, first, count, C)
+        seen = tl.where((begins < 0)[:, None], seen, 0.0)
+    at = (place_of(run, batch, row, start + first, T, C, PACKED) * G + head) * SW
+    tl.store(mass_parts + at + s, -tl.sum(seen * delta[:, None], 0), mask=s < SW)
 
 
 @triton.jit
@@ -312,12 +354,47 @@ def crossings_kernel(
             tl.store(crossings + tl.program_id(0), crossing)
 
 
+@triton.jit
+def masses_at(
+    key_features, fades, after, mass_after, fades_after, place, ages, first, count, group, G,
+    S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr, C: tl.constexpr, RT: tl.constexpr,
+    JOINED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """phi_k by the gradient of the mass after its block, of RT tokens from ``first`` on; blocks are chunks."""
+    BLOCKS: tl.constexpr = RT // C
+    i = tl.arange(0, BLOCKS)[:, None]
+    s = tl.arange(0, SP)
+    begin = first + i * C
+    t = begin + tl.arange(0, C)[None, :]
+    ends = tl.minimum(begin + C, count)
+    here = t < count
+    at = (place + begin // C) * G + group
+    there = begin < count
+    left = tl.load(fades + (ends - 1), mask=there, other=0.0) - tl.load(fades + t, mask=here, other=0.0)
+    run_kept = tl.exp(tl.load(fades_after + at, mask=there, other=0.0))
+    masks = there & (s < SW)[None, :]
+    grad_mass = tl.load(mass_after + at * SW + s[None, :], mask=masks, other=0.0)
+    if JOINED:
+        run_kept = tl.where(begin_of(ages, count - 1) < ends, run_kept, 0.0)
+    grad_mass += load_mass(after, S, SP, V)[None, :] * run_kept
+    mask = here[:, :, None] & (s < SW)[None, None, :]
+    phi = tl.load(key_features + t[:, :, None] * SW + s[None, None, :], mask=mask, other=0.0)
+    phi = operand(phi.to(tl.float32) * tl.exp(tl.minimum(left, 0.0))[:, :, None], PRECISION).to(tl.float32)
+    of_key = tl.sum(phi * grad_mass[:, None, :], 2)
+    if JOINED:
+        last = tl.load(ages + (ends - 1), mask=there, other=0)
+        of_key = tl.where(t >= ends - 1 - last, of_key, 0.0)
+    return tl.reshape(of_key, [RT])
+
+
 @triton.jit(do_not_specialize=[*[name for name in NEVER_SPECIALIZED if name[0] in "TRNG"], "STRETCHES"])
 def finish_kernel(
-    crossings, table, grad_decay, beta_blocks, beta_parts,
+    crossings, table, grad_decay, beta_blocks, beta_parts, key_features, fades, after, mass_after, fades_after,
     T: tl.int64, RUN: tl.int64, NC: tl.int64, G: tl.int64, STRETCHES: tl.int64,
     C: tl.constexpr, CH: tl.constexpr, RB: tl.constexpr, RT: tl.constexpr, PACKED: tl.constexpr,
     JOINED: tl.constexpr, HAS_DECAY: tl.constexpr, FROM_NOTHING: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, SW: tl.constexpr, V: tl.constexpr,
+    MASSES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_log_decay in the place of phi_k . grad phi_k, [B, T, G], and beta's gradient.
 
@@ -328,7 +405,8 @@ def finish_kernel(
     That takes a query's own sum over all keys to be 0. It is, of weights as the queries' kernel rounds them, but not as
     the keys' kernel does, and so errors add up from token to token: over runs of 2,048 a head's decay of -0.1 was
     47 % off in bfloat16. Hence the stretches; and what the beginning of one is off, as known from the stretch before,
-    or where a row begins FROM_NOTHING, is taken off its tokens, in proportion to their distance from the end.
+    or where a row begins FROM_NOTHING, is taken off its tokens, in proportion to their distance from the end. With
+    MASSES, what the gradients of masses add to phi_k . grad phi_k is not in it and worked out here.
     """
     group = tl.program_id(0) % G
     stretch = (tl.program_id(0) // G % STRETCHES).to(tl.int32)
@@ -351,6 +429,13 @@ def finish_kernel(
         t = first + tl.arange(0, RT)
         at_token = grad_decay + (batch * T + start + t) * G + group
         of_key = tl.load(at_token, mask=t < stop, other=0.0)
+        if MASSES:
+            of_key += masses_at(
+                key_features + ((batch * G + group) * T + start) * SW, fades + (batch * G + group) * T + start,
+                after + (run * G + group) * (S * (V + 1)), mass_after, fades_after,
+                place_of(run, batch, row, start, T, CH, PACKED), table + start, first, count, group, G,
+                S, SP, SW, V, C, RT, JOINED, PRECISION,
+            )  # fmt: skip
         if PACKED:
             begins = run == 0
             if run > 0:

@@ -158,7 +158,7 @@ class Prepared:
 
 
 def _way(call: Call) -> _Way:
-    read = reads_out(call.query, call.value, call.hyperplanes, call.log_decay, call.causal)
+    read = reads_out(call.query, call.value, call.hyperplanes, call.causal)
     return _Way(call.causal, call.return_state, read)
 
 

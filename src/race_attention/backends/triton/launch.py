@@ -111,7 +111,7 @@ class Problem:
     @property
     def at_once(self) -> bool:
         """Whether one kernel works out a block's gradients of queries, keys and values."""
-        return self.causal and self.shape.at_once(self.share, self.log_decay is not None)
+        return self.causal and self.shape.at_once(self.share)
 
     def kept_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The buckets of keys and of queries, the projections of keys and of queries; see ``ops.kept_features``.

@@ -48,9 +48,9 @@ def backward(
     """(dq, dk, dv, the gradient of log_decay, that of the initial state); adds to ``sums``."""
     runs = p.runs(of_keys=True)
     if p.at_once:
-        return _backward_at_once(p, runs, kept, grad_final, sums)
+        return _backward_at_once(p, runs, kept, grad_final, final, sums)
     of_queries, of_keys = sums.parts(runs, p.heads), sums.parts(runs, p.groups)
-    adjoints, inner_after, _ = _adjoints(p, runs)
+    adjoints, inner_after, *_ = _adjoints(p, runs)
     dq, deltas, parts, of_beta = _query_gradients(p, runs, kept, of_queries)
     masses = _masses(p, runs, parts, of_beta, adjoints, of_queries)
     del parts
@@ -67,25 +67,37 @@ def backward(
 
 
 def _backward_at_once(
-    p: Problem, runs: plan.Runs, kept: Tensor, grad_final: State, sums: ParameterSums
+    p: Problem, runs: plan.Runs, kept: Tensor, grad_final: State, final: State, sums: ParameterSums
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """:func:`backward` where one kernel takes a block's queries, keys and values, and nothing decays."""
-    adjoints, inner_after, mass_after = _adjoints(p, runs)
+    """:func:`backward` where one kernel takes a block's queries, keys and values.
+
+    It needs the gradients of masses, of which the adjoint pass knows what a rounded out says. With decay they are
+    worked out again from what that kernel leaves, for the gradient of log_decay, which adds up too many errors.
+    """
+    adjoints, inner_after, *rounded = _adjoints(p, runs)
+    masses = rounded[0], rounded[1]
     after = p.new_states(max(runs.count, 1), p.groups)
-    initial = scan(p, runs, adjoints, run_totals(p, runs), after, grad_final, reverse=True)
-    del adjoints
+    totals = run_totals(p, runs)
+    initial = scan(p, runs, adjoints, totals, after, grad_final, reverse=True)
     of_queries = sums.parts(runs, p.heads)
     of_keys = of_queries
     if sums.need_planes:  # of both sides their own; of beta one part for both
         of_keys = sums.parts(runs, p.groups)
         of_keys[1].zero_()
-    dq, dk, dv, of_beta = _block_gradients(p, runs, kept, after, inner_after, mass_after, of_queries, of_keys)
-    no_decay = p.new(0)
+    dq, dk, dv, deltas, decay, of_beta = _block_gradients(
+        p, runs, kept, after, inner_after, masses, of_queries, of_keys
+    )
+    if p.log_decay is not None:  # of the weights as rounded, and not of out
+        parts = _mass_parts(p, runs, deltas)
+        masses = _masses(p, runs, parts, of_beta, adjoints, of_queries)
+        initial = scan(p, runs, adjoints, totals, after, grad_final, reverse=True)
+    del adjoints
     if _few_blocks(p, runs):
         sums.blocks, sums.of_both = of_beta, True
     else:
-        _finish(p, runs, kept, after, p.beta, no_decay, of_beta, of_queries[1], (inner_after, mass_after, p.beta))
-    return dq, dk, dv, no_decay, initial
+        ends = at_the_end(p, final, grad_final)
+        _finish(p, runs, kept, after, ends, decay, of_beta, of_queries[1], (inner_after, *masses))
+    return dq, dk, dv, decay, initial
 
 
 def _options(p: Problem, kernel: str) -> dict[str, Any]:
@@ -112,39 +124,48 @@ def _rows(p: Problem, tokens: int, heads: int) -> Tensor:
     return p.new(p.batch, heads, tokens, p.shape.hash_row)
 
 
-def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor]:
+def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the value sums: before each run, and at the end of each chunk what the run's later queries give.
 
-    Those before runs have room for the masses', and where blocks are done at once hold them; so does the third.
+    Those before runs have room for the masses', and where blocks are done at once hold them; so does the third. The
+    last is the log decay from there to the run's end, in that case with a decay.
     """
     assert p.grad_out is not None
     assert p.features is not None
     places = _blocks(p, runs).places if p.shape.chunk else 0
     adjoints = p.new(max(runs.count, 1), p.heads, p.shape.state_size)
+    decays = p.log_decay is not None
     inner_after = p.features.new_empty(places, p.heads, p.shape.value_dim, p.shape.row)
     mass_after = p.new(places, p.heads, p.shape.row) if p.at_once else p.new(0)
+    fades_after = p.new(places, p.heads) if p.at_once and decays else p.new(0)
     if runs.count * p.heads:
         start(
             causal_adjoint.adjoint_kernel, (runs.count * p.heads,),
             p.kept_rows()[1], p.grad_out, p.out if p.at_once else p.grad_out, pointer_or(p.log_decay, p.beta),
-            p.rows_of(runs), adjoints, inner_after, mass_after,
+            p.rows_of(runs), adjoints, inner_after, mass_after, fades_after,
             *p.grad_out.stride()[:3], *p.decay_strides,
             p.queries, runs.length, runs.per_row, p.groups, SHARE=p.share, MASSES=p.at_once,
             DESCRIBED=p.describes(p.grad_out),
             **_without(_options(p, "causal_adjoint"), "D", "DP", "N", "YW", "LIFT"),
         )  # fmt: skip
-    return adjoints, inner_after, mass_after
+    return adjoints, inner_after, mass_after, fades_after
 
 
 def _block_gradients(
-    p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, inner_after: Tensor, mass_after: Tensor,
+    p: Problem, runs: plan.Runs, before: Tensor, after: Tensor, inner_after: Tensor, masses: tuple[Tensor, Tensor],
     of_queries: tuple[Tensor, Tensor], of_keys: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, by blocks the gradient of beta), and of the hyperplanes' gradient the runs' parts."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, what is subtracted from queries' weights' gradients, phi_k . grad phi_k, by blocks that of beta).
+
+    And of the hyperplanes' gradient the runs' parts.
+    """
     assert p.grad_out is not None
     blocks, need_planes = _blocks(p, runs), of_queries[0].numel() > 0
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value))
     of_beta = p.new(blocks.count, p.groups)
+    decays = p.log_decay is not None
+    deltas = p.new(p.batch, p.heads, p.queries) if decays else p.new(0)
+    decay = p.new(*p.key.shape[:3]) if decays else p.new(0)
     key_features, query_features, key_hashes, query_hashes = p.kept_rows()
     grad_hashes = [_rows(p, p.keys, p.groups) if need_planes else key_hashes for _ in range(2)]
     before_parts, after_parts = _parts(p, runs, before, after)
@@ -153,16 +174,29 @@ def _block_gradients(
             causal_blocks.block_gradient_kernel, (runs.count * blocks.per_run * p.groups,),
             query_features, query_hashes, key_features, key_hashes, p.value, p.grad_out,
             pointer_or(p.key_mask, p.beta), p.hyperplanes, p.beta, p.rows_of(runs),
-            before, before_parts, p.inner, p.marks, after, after_parts, inner_after, mass_after,
-            dq, dk, dv, *grad_hashes, of_beta,
+            before, before_parts, p.inner, p.marks, after, after_parts, inner_after, masses[0], p.fades, masses[1],
+            dq, dk, dv, *grad_hashes, deltas, decay, of_beta,
             *p.value.stride()[:3], *p.grad_out.stride()[:3], *p.mask_strides,
             p.queries, runs.length, runs.per_row, p.groups, HAS_MASK=p.key_mask is not None, NEED_PLANES=need_planes,
-            **_without(_options(p, "causal_query_gradient"), "CH", "HAS_DECAY"),
+            **_without(_options(p, "causal_query_gradient"), "CH"),
         )  # fmt: skip
     if need_planes:
         _planes(p, runs, p.query, grad_hashes[0], of_queries[0])
         _planes(p, runs, p.key, grad_hashes[1], of_keys[0])
-    return dq, dk, dv, of_beta
+    return dq, dk, dv, deltas, decay, of_beta
+
+
+def _mass_parts(p: Problem, runs: plan.Runs, deltas: Tensor) -> Tensor:
+    """What each block's queries give to the gradient of the mass before it."""
+    blocks, shape = _blocks(p, runs), p.shape
+    parts = p.new(blocks.count, p.heads, shape.row)
+    if runs.count * p.heads:
+        start(
+            causal_adjoint.mass_parts_kernel, (runs.count * blocks.per_run * p.heads,),
+            p.kept_rows()[1], deltas, p.fades, p.rows_of(runs), parts, p.queries, runs.length, runs.per_row, p.groups,
+            SP=shape.tile, SW=shape.row, C=blocks.length, **p.joined, PRECISION=shape.precision, num_warps=4,
+        )  # fmt: skip
+    return parts
 
 
 def _query_gradients(
@@ -314,7 +348,8 @@ def _finish(
         )  # fmt: skip
     start(
         causal_adjoint.finish_kernel, (runs.count * stretches * p.groups,),
-        crossings, p.rows_of(runs), of_keys, of_beta, beta_parts,
+        crossings, p.rows_of(runs), of_keys, of_beta, beta_parts, p.kept_rows()[0], p.fades, after, *behind[1:],
         *bounds, **lengths, RB=_longest(p, blocks), HAS_DECAY=decays, FROM_NOTHING=not p.final,
-        num_warps=4,
+        S=shape.buckets, SP=shape.tile, SW=shape.row, V=shape.value_dim, MASSES=decays and p.at_once,
+        PRECISION=shape.precision, num_warps=8 if decays and p.at_once else 4,
     )  # fmt: skip

@@ -177,11 +177,11 @@ def kept_features(
     return key.new_empty(size, dtype=shape.operand)
 
 
-def reads_out(query: Tensor, value: Tensor, hyperplanes: Tensor, log_decay: Tensor | None, causal: bool) -> bool:
+def reads_out(query: Tensor, value: Tensor, hyperplanes: Tensor, causal: bool) -> bool:
     """Whether the backward pass reads out."""
     shape = shape_of(query, value, hyperplanes)
     share = query.shape[2] // value.shape[2]
-    return not shape.narrow or (causal and shape.at_once(share, log_decay is not None))
+    return not shape.narrow or (causal and shape.at_once(share))
 
 
 def kept_chunks(
@@ -322,8 +322,8 @@ class _Differentiable(torch.autograd.Function):
         ctx.count, ctx.wanted = len(inputs), all(inputs[_FINAL:])  # a default is not handed on
         # The gradient of log_decay is anchored at the final state; nothing else needs that.
         final = output[1:3] if inputs[5] is not None and ctx.wanted else (None, None)
-        query, value, hyperplanes, log_decay = inputs[0], inputs[2], inputs[3], inputs[5]
-        out = output[0] if reads_out(query, value, hyperplanes, log_decay, ctx.causal) else None
+        query, value, hyperplanes = inputs[0], inputs[2], inputs[3]
+        out = output[0] if reads_out(query, value, hyperplanes, ctx.causal) else None
         ctx.save_for_backward(*tensors, *final, out, *output[3:])
         ctx.initial = None if mass is None else (mass.dtype, value_sum.dtype)
         ctx.set_materialize_grads(False)

@@ -113,10 +113,10 @@ class Shape:
         """The dtype in which a matrix product takes buckets and sums."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def at_once(self, share: int, decays: bool) -> bool:
+    def at_once(self, share: int) -> bool:
         """Whether one kernel works out a block's gradients of queries, keys and values; the backward pass reads out."""
         fits = self.dtype == torch.bfloat16 or self.precision == "ieee"  # float16's operands would be two parts each
-        return self.chunk > 0 and self.tile == configs.TILE and fits and share == 1 and not decays
+        return self.chunk > 0 and self.tile == configs.TILE and fits and share == 1
 
     def rows_of(self, tile: int) -> int:
         """N for tiles of so many buckets."""
