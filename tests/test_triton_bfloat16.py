@@ -95,6 +95,26 @@ def test_decay_gradient_of_out_alone(planes: int, decay: float, mean: float, dty
         assert_decay_gradient(inputs, dtype)
 
 
+@pytest.mark.parametrize(
+    ("planes", "heads", "dtype"),
+    [*((planes, heads, dtype) for planes in (2, 3) for heads in (1, 2) for dtype in DTYPES), (4, 1, torch.float16)],
+    ids=str,
+)
+def test_decay_gradient_of_values_of_a_mean(planes: int, heads: int, dtype: torch.dtype, one_run: None) -> None:
+    """Gradients of value sums are rounded where a run has chunks, and a mean of three deviations takes part in it."""
+    from tests.bfloat16 import as_on_a_gpu
+
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=700, heads=heads, kv_heads=1, dim=16, planes=planes, tables=planes, scale=0.25,
+        decay="token", dtype=dtype, seed=1, requires_grad=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        inputs["value"] += 3.0
+        inputs["log_decay"] *= -0.005 / inputs["log_decay"].mean()
+    with as_on_a_gpu():
+        assert_decay_gradient(inputs, dtype)
+
+
 _ROUNDED: dict[str, dict[str, Any]] = {
     "tables": {"tokens": 290, "planes": 3, "tables": 20},
     "forgotten": {"tokens": 150, "planes": 4, "tables": 8},

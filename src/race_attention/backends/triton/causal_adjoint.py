@@ -110,7 +110,10 @@ def adjoint_kernel(
                 at = (place + t // CH) * H + head
                 mask = (v < V)[:, None] & (s < SW)[None, :]
                 inner = inner_after + at * (V * SW)
-                tl.store(inner + (v[:, None] * SW + s[None, :]), operand(grads, PRECISION), mask=mask)
+                rounded = grads
+                if inner.dtype.element_ty != tl.float32:
+                    rounded = operand(grads, PRECISION)
+                tl.store(inner + (v[:, None] * SW + s[None, :]), rounded, mask=mask)
                 if MASSES:
                     tl.store(mass_after + at * SW + s, tl.sum(of_mass, 1), mask=s < SW)
                     if HAS_DECAY:

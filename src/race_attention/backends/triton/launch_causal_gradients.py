@@ -134,8 +134,12 @@ def _adjoints(p: Problem, runs: plan.Runs) -> tuple[Tensor, Tensor, Tensor, Tens
     assert p.features is not None
     places = _blocks(p, runs).places if p.shape.chunk else 0
     adjoints = p.new(max(runs.count, 1), p.heads, p.shape.state_size)
+    # Rounded, what a mean of values makes of them goes into a decay's gradient, 5e-2 of it where the mean is of three
+    # deviations and a decay is -0.01 a token. Where products take them from memory they are.
     decays = p.log_decay is not None
-    inner_after = p.features.new_empty(places, p.heads, p.shape.value_dim, p.shape.row)
+    whole = decays and not (p.at_once or _split(p.shape))
+    make = p.new if whole else p.features.new_empty
+    inner_after = make(places, p.heads, p.shape.value_dim, p.shape.row)
     mass_after = p.new(places, p.heads, p.shape.row) if p.at_once else p.new(0)
     fades_after = p.new(places, p.heads) if p.at_once and decays else p.new(0)
     if runs.count * p.heads:
