@@ -68,13 +68,17 @@ def _totals(p: Problem, runs: plan.Runs) -> Tensor:
 
 
 def _of_query(p: Problem) -> Tensor:
-    """Room for the parts of each query's sum of weights times their gradients, [B, H, T, parts], zeros."""
+    """Room for the parts of each query's sum of weights times their gradients, [B, H, T, parts].
+
+    By halves one program writes all of it; else zeros, since of a sub-run's blocks not every one has every part.
+    """
     if p.log_decay is None:
         return p.beta
-    tiles, parts = tiles_of(p.shape), 1
-    if not halves_of(p.shape, tiles.width).used:  # a sub-run's blocks, by columns, and what is before it, by buckets
-        blocks = -(-plan.SUB_RUN // tiles.value_gradient[0])
-        parts = blocks * column_tiles(p.shape, tiles.value_gradient) + tiles.width // tiles.buckets_gradient[2]
+    tiles = tiles_of(p.shape)
+    if halves_of(p.shape, tiles.width).used:
+        return p.new(p.batch, p.heads, p.queries, 1)
+    blocks = -(-plan.SUB_RUN // tiles.value_gradient[0])  # by columns, and what is before the sub-run, by buckets
+    parts = blocks * column_tiles(p.shape, tiles.value_gradient) + tiles.width // tiles.buckets_gradient[2]
     return p.new(p.batch, p.heads, p.queries, parts).zero_()
 
 
