@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from race_attention.testing import make_inputs
+from race_attention.testing import assert_within_budget, make_inputs
 from tests.helpers import assert_decay_gradient, assert_equal_results, by_oracle, evaluate, one_run, whole
 from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
@@ -72,6 +72,19 @@ def test_decay_gradient_of_a_long_run(log_decay: float, form: Literal["head", "t
     inputs["log_decay"] = torch.full_like(inputs["log_decay"], log_decay).requires_grad_()
     right = by_oracle(inputs)
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
+
+
+@pytest.mark.usefixtures("one_run")
+def test_decay_gradient_of_a_long_sequence_in_float32() -> None:
+    """Each token's sum is off by the last digit of those behind it in the run, and a head's is the sum of these."""
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=2000, heads=1, dim=16, scale=0.25, decay="head", device=DEVICE, seed=1,
+        requires_grad=True,
+    )  # fmt: skip
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -4.0).requires_grad_()
+    name = "gradient of log_decay"
+    found, right = evaluate(whole, inputs, backend="triton")[name], by_oracle(inputs)
+    assert_within_budget(found, right[name], torch.float32, "backward", scale=right.terms[name])
 
 
 @pytest.mark.usefixtures("runs")

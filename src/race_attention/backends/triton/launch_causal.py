@@ -28,7 +28,8 @@ def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def room_for_states(p: Problem, runs: plan.Runs) -> Tensor:
     """Room for the state before each run."""
     if p.watched:
-        before = kept_states(p.query, p.value, p.hyperplanes, p.rows, causal=True, packed=p.bounds is not None)
+        packed, decays = p.bounds is not None, p.log_decay is not None
+        before = kept_states(p.query, p.value, p.hyperplanes, p.rows, True, packed, decays)
         clear_spare(before, runs)
         return before
     # Of packed sequences one more, which is read behind an empty run.

@@ -336,7 +336,7 @@ def _finish(
     """
     blocks, shape = _blocks(p, runs), p.shape
     decays = p.log_decay is not None
-    stretch = plan.STRETCHES[shape.tile] if decays and shape.chunk else plan.run_lengths(shape)[1]
+    stretch = plan.STRETCHES[shape.tile] if decays and shape.chunk else plan.causal_run_lengths(shape, decays)[1]
     stretches = -(-runs.length // stretch) if decays else 1
     bounds = p.queries, runs.length, runs.per_row, p.groups, stretches
     lengths = {"C": blocks.length, "CH": shape.chunk, "RT": stretch} | p.joined

@@ -59,7 +59,8 @@ class Segments:
 
 
 def _runs(p: Problem) -> plan.Runs:
-    return plan.runs_of(p.batch, p.queries, p.groups, *plan.causal_run_lengths(p.shape), p.bounds)
+    lengths = plan.causal_run_lengths(p.shape, p.log_decay is not None)
+    return plan.runs_of(p.batch, p.queries, p.groups, *lengths, p.bounds)
 
 
 def _totals(p: Problem, runs: plan.Runs) -> Tensor:

@@ -120,7 +120,7 @@ def _(
         query.new_empty(batch, queries, heads, value_dim),
         query.new_empty(of_rows if final else 0, dtype=torch.float64),
         query.new_empty((*of_rows, value_dim) if final else 0, dtype=torch.float64),
-        kept_states(query, value, hyperplanes, rows, causal, packed),
+        kept_states(query, value, hyperplanes, rows, causal, packed, log_decay is not None),
         inverses,
         kept_features(query, key, value, hyperplanes, causal),
         kept_residual(query, value, hyperplanes, inner),
@@ -137,14 +137,15 @@ def goes_without_states(
 
 
 def kept_states(
-    query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, causal: bool, packed: bool = False
-) -> Tensor:
+    query: Tensor, value: Tensor, hyperplanes: Tensor, rows: int, causal: bool, packed: bool = False,
+    decays: bool = False,
+) -> Tensor:  # fmt: skip
     """The buffer for the states that the backward pass needs, [runs or rows, G, S * (Dv + 1)]."""
     shape = shape_of(query, value, hyperplanes)
     groups = value.shape[2]
     count = rows
     if causal:
-        longest = plan.causal_run_lengths(shape)[1]
+        longest = plan.causal_run_lengths(shape, decays)[1]
         extra = plan.extra_runs(shape)
         count = plan.capacity(query.shape[0], query.shape[1], rows, int(groups), longest, extra, packed)
     return query.new_empty(count, groups, shape.state_size, dtype=torch.float32)

@@ -42,6 +42,9 @@ EXTRA_RUNS = 512
 CHUNKS = {16: 128, 32: 64, 64: 64}
 #: Tokens over which the gradient of log_decay is added up from the state at their end, by the tile's width.
 STRETCHES = {16: 128, 32: 128, 64: 256}
+#: Tokens of a run at most, in float32 with a decay: inside it there is no state to add up from anew, and the gradient
+#: of a decay by head is off by as much as runs are long, 3e-5 to 3e-4 of itself with 4,096.
+FLOAT32_RUN = 256
 #: Causal packed sequences are cut as one row where they have fewer tokens than this on average: longer ones pay little
 #: for their states, and comparisons that stop at a sequence's beginning cost a little too (the readout of 64 buckets
 #: 1.74 ms in place of 1.21 for a million tokens, all else 1 to 4 %).
@@ -200,9 +203,10 @@ def forget() -> None:
     options.cache_clear()
 
 
-def causal_run_lengths(shape: Shape) -> tuple[int, int]:
+def causal_run_lengths(shape: Shape, decays: bool) -> tuple[int, int]:
     """The shortest and the longest runs of the causal kernels."""
-    return run_lengths(shape) if shape.narrow else (SUB_RUN, configs.LONGEST_RUN)
+    shortest, longest = run_lengths(shape) if shape.narrow else (SUB_RUN, configs.LONGEST_RUN)
+    return shortest, min(longest, max(shortest, FLOAT32_RUN)) if decays and shape.dtype == torch.float32 else longest
 
 
 @dataclass(frozen=True)
