@@ -244,11 +244,11 @@ def test_searches_come_before_their_finalists(tmp_path):
     assert seed_1["backend"] is None
 
 
-def test_times_of_steps_lie_beside_the_results(tmp_path):
+@pytest.mark.parametrize("how", [["--row", "linear", "--row", "softmax"], ["--at-once", "3"]])
+def test_times_of_steps_lie_beside_the_results(tmp_path, how):
     (tmp_path / "t.toml").write_text(CONFIG)
     given = [str(tmp_path / "t.toml"), "--device", "cpu", "--results", str(tmp_path / "res")]
-    time_steps([*given, "--row", "linear"])
-    time_steps([*given, "--row", "softmax"])
+    time_steps([given[0], *given, *how])  # twice: four rows, of which three processes have one or two
     speed = json.loads((tmp_path / "res/t/speed.json").read_text())
     assert set(speed) == {"milliseconds", "memory_gb", "machine", "machines"}
     assert set(speed["milliseconds"]) == set(speed["memory_gb"]) == set(speed["machines"]) == {"linear", "softmax"}
