@@ -97,6 +97,7 @@ def test_hyperplanes_are_the_same_everywhere():
         assert sample_hyperplanes(1, 1, 2, 2).dtype == torch.float32
         with torch.device("meta"):
             assert torch.equal(sample_hyperplanes(1, 1, 2, 2, device="cpu"), drawn.float())
+            assert sample_hyperplanes(1, 1, 2, 2).device.type == "meta"  # as torch's own functions
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -529,6 +529,13 @@ def test_reset_parameters_starts_over():
     assert_within_budget(first.hyperplanes, drawn, torch.float32)
 
 
+def test_made_on_a_device_of_its_own():
+    """Whatever torch's default device is."""
+    with torch.device("meta"):
+        layer = RaceAttention(EMBED, 2, device="cpu", dtype=FLOAT64)
+    assert torch.equal(layer.hyperplanes, RaceAttention(EMBED, 2, dtype=FLOAT64).hyperplanes)
+
+
 def test_made_on_meta_then_materialised():
     """As large models are loaded: reset_parameters restores the buffers too."""
     options = {**OPTIONS["multiscale"], "dtype": FLOAT64}

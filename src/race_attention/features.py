@@ -39,7 +39,7 @@ def sample_hyperplanes(
             length of a Gaussian vector, drawn independently: the same distribution of every single plane,
             less variance of the estimate.
         dtype: floating dtype of the result.
-        device: of the result.
+        device: of the result; None is torch's default device.
 
     Returns:
         [heads, tables, planes, dim], each entry N(0, 1).
@@ -52,6 +52,7 @@ def sample_hyperplanes(
     size("seed", seed, *SEEDS)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
+    device = torch.get_default_device() if device is None else device
     generator = torch.Generator(device="cpu").manual_seed(seed)
     gaussian = torch.randn(heads, tables, planes, dim, generator=generator, dtype=torch.float64, device="cpu")
     if not orthogonal:

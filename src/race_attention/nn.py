@@ -198,7 +198,7 @@ class RaceAttention(nn.Module):
                 module.reset_parameters()
         heads = self.num_kv_heads if self.hyperplanes_per_head else 1
         planes = sample_hyperplanes(
-            heads, self.tables, self.planes, self.head_dim, seed=self.seed, orthogonal=self.orthogonal
+            heads, self.tables, self.planes, self.head_dim, seed=self.seed, orthogonal=self.orthogonal, device="cpu"
         )
         self.hyperplanes.copy_(planes)
         self.log_beta.fill_(math.log(self.beta_start))
