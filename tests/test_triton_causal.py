@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from race_attention import race_attention
-from race_attention.testing import assert_within_budget, make_inputs, oracle
-from tests.helpers import assert_equal_results, by_oracle, evaluate, in_double, no_tokens, whole
+from race_attention.testing import assert_within_budget, leaves, make_inputs, oracle
+from tests.helpers import assert_equal_results, by_oracle, evaluate, in_double, no_tokens, one_run, whole
 from tests.interpreter import DEVICE, INTERPRETED, KERNELS_RUN
 
 pytest.importorskip("triton")
@@ -211,3 +211,20 @@ def test_sums_before_chunks(lengths: tuple[int, ...] | None, decay: str | None) 
                         torch.testing.assert_close(fades[batch, :, t].double(), faded, rtol=1e-5, atol=1e-5)
                     row_of_v = torch.cat((inputs["value"][batch, t].double(), torch.ones_like(so_far)[:, None]), 1)
                     state = state + phi[batch, :, t, :, None] * row_of_v[:, None]
+
+
+@pytest.mark.parametrize(("planes", "tables"), [(4, 1), (4, 4), (8, 1)])
+def test_a_state_that_decays_to_nothing_at_leisure(planes: int, tables: int) -> None:
+    """Masked tokens see what is left of it, less and less: many of them hardly anything, whose inverse is large."""
+    inputs = make_inputs(
+        causal=True, batch=1, tokens=1100, heads=2, kv_heads=1, dim=16, planes=planes, tables=tables, scale=0.25,
+        masked=1.1, initial_state=True, decay="head", dtype=torch.float16, device=DEVICE, requires_grad=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        inputs["log_decay"].fill_(-0.1)
+    with one_run():
+        out = race_attention(**inputs, backend="triton")
+        along = 300 * torch.randn(out.shape[2:], generator=torch.Generator().manual_seed(1)).to(out)
+        gradients = torch.autograd.grad((out.double() * along).sum(), list(leaves(inputs).values()))
+    assert out.isfinite().all()
+    assert all(x.isfinite().all() for x in gradients)

@@ -250,9 +250,14 @@ def add_by_tokens(total, rows, grad_y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x, and 0 where x is 0: a query that sees no key, or too little for a normal number. NaN stays NaN."""
-    nothing = x < 1.1754943508222875e-38
+def reciprocal(x, LIFT: tl.constexpr = 0):
+    """1 / x, and 0 where x is 0: a query that sees no key, or what decay has left of keys long past. NaN stays NaN.
+
+    A key just seen has 2**-78 or more, lifted 2**-50. Of less than 2**-100 (2**-70) the inverse, in gradients that add
+    up over heads and tokens, came to more than float32 holds.
+    """
+    LEAST: tl.constexpr = 8.470329472543003e-22 if LIFT else 7.888609052210118e-31
+    nothing = x < LEAST
     return tl.where(nothing, 0.0, inverse_of(tl.where(nothing, 1.0, x)))
 
 

@@ -560,7 +560,7 @@ def readout_kernel(
         numerator = add_dot(numerator, score, operand(rows, PRECISION), PRECISION)
         denominator += tl.sum(score.to(tl.float32), 1)
 
-    inverse = reciprocal(denominator)
+    inverse = reciprocal(denominator, LIFT)
     at = ((batch * T + t) * H + head) * V
     store_out(out, residual, at, H * V, queries, numerator * inverse[:, None], v, C, V, RESIDUAL)
     if column == 0:
