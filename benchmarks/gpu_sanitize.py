@@ -63,6 +63,10 @@ CASES: dict[str, dict[str, Any]] = {
         "causal": True, "lengths": (70, 0, 1, 3, 64, 130), **_HEAD, "planes": 4, "tables": 4, "planes_learn": False,
         "states": False,
     },
+    "causal-64-joined-decay": {
+        "causal": True, "lengths": (70, 0, 1, 3, 200), **_HEAD, "planes": 4, "tables": 4, "decay": "token",
+        "states": False, "one_run": True,
+    },
     "causal-64-joined-options": {
         "causal": True, "lengths": (70, 0, 1, 3, 64, 130), **_GROUPED, "planes": 4, "tables": 4, "decay": "token",
         "masked": 0.2, "states": False,

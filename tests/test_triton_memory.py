@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=
 #: The sanitizers' cases; those that take long in the interpreter with fewer heads and tokens, still of several runs.
 SHORTER: dict[str, dict[str, Any]] = {
     "causal-64-long-run": {"heads": 1, "tokens": 270},
+    "causal-64-joined-decay": {"heads": 1},
     "causal-64-joined-options": {"heads": 2, "kv_heads": 1, "lengths": (36, 0, 1, 3, 34)},
     "causal-128-joined": {"heads": 1, "lengths": (36, 0, 1, 3, 34)},
     "full-short-and-long": {"heads": 1},
