@@ -171,7 +171,7 @@ def inputs_of(case: dict[str, Any], device: str) -> dict[str, Any]:
                 inputs[name] = inputs[name].to(DTYPES[twists["parameters"]])
         inputs["hyperplanes"] = inputs["hyperplanes"].transpose(1, 3).contiguous().transpose(1, 3)
     if "log_decay" in inputs and "key_mask" in inputs:  # of keys long past, decay may leave less than any number
-        inputs["log_decay"] = inputs["log_decay"] * 0.1
+        inputs["log_decay"] = inputs["log_decay"] * (60 / LONG if case["long"] else 0.1)
     elif "log_decay" in inputs and twists["decay"]:
         decay = inputs["log_decay"]
         forgets = torch.tensor([rng.random() < 0.1 for _ in range(decay.numel())], dtype=torch.bool, device=device)
