@@ -425,6 +425,22 @@ def check(backend: Backend, dtype: torch.dtype, case: str, route: Route, **optio
     assert_equal_results(actual, expected(case, dtype), dtype)
 
 
+# ------------------------------------------------------------------------------------- other ways of autograd
+
+
+def assert_batched_gradients_are_those_of_each(backend: str, **options: Any) -> None:
+    """``is_grads_batched``, and with it ``jacobian(vectorize=True)``: a batch of gradients goes back at once."""
+    inputs = make_inputs(causal=True, decay="token", tokens=20, requires_grad=True, **options)
+    for _ in range(3):  # some backends remember a layout that they have met
+        out = race_attention(**inputs, backend=backend)
+        wanted = [inputs["query"], inputs["key"], inputs["beta"]]
+        along = torch.randn(2, *out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        together = torch.autograd.grad(out, wanted, along, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(out, wanted, one, retain_graph=True) for one in along]
+        for x, alone in zip(together, zip(*each, strict=True), strict=True):
+            assert_within_budget(x, torch.stack(alone), torch.float32, "backward")
+
+
 # ------------------------------------------------------------------------------------------------- memory
 
 

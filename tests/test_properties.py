@@ -17,6 +17,7 @@ from tests.helpers import (
     FLOAT16,
     FLOAT32,
     FLOAT64,
+    assert_batched_gradients_are_those_of_each,
     assert_negated_views_are_read,
     backend_params,
     in_double,
@@ -331,6 +332,13 @@ def test_float16_and_others_share_the_hash(backend, dtype):
     inputs = make_inputs(dtype=dtype, device=backend.device, beta=1.2345678)
     out = race_attention(**inputs, backend=backend.name)
     assert_within_budget(out, oracle(**in_double(inputs)), dtype)
+
+
+@ALL
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients(backend, dtype):
+    skip_unless_runnable(backend)
+    assert_batched_gradients_are_those_of_each(backend.name, dtype=dtype, device=backend.device)
 
 
 @ALL

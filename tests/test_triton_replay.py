@@ -12,7 +12,13 @@ pytest.importorskip("triton")
 from race_attention import attention, race_attention
 from race_attention.backends.triton import direct, replay
 from race_attention.testing import make_inputs
-from tests.helpers import CASES, assert_negated_views_are_read, evaluate, whole
+from tests.helpers import (
+    CASES,
+    assert_batched_gradients_are_those_of_each,
+    assert_negated_views_are_read,
+    evaluate,
+    whole,
+)
 from tests.interpreter import DEVICE, KERNELS_RUN
 
 pytestmark = KERNELS_RUN
@@ -259,6 +265,11 @@ def test_a_prepared_call_is_still_checked(whole_ways: list[Any], monkeypatch: py
         tensors[4].fill_(-1.0)
     with pytest.raises(ValueError, match="beta"):
         race_attention(*tensors, backend="triton")
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients() -> None:
+    assert_batched_gradients_are_those_of_each("triton", device=DEVICE)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -430,7 +430,9 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_
     needs = ctx.needs_input_grad
     wanted = [bool(needs[n]) for n in (0, 1, 2, 3, 4, 5, 9, 10)]
     # With gradients switched on somebody wants second derivatives: the operator refuses.
-    plain = not torch.is_grad_enabled() and _plain((*tensors, grad_out, grad_mass, grad_sum))
+    given = (grad_out, grad_mass, grad_sum)
+    batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in given)  # is_grads_batched
+    plain = not torch.is_grad_enabled() and not batched and _plain((*tensors, *given))
     if saved is None and not plain:
         saved = tensors[0].new_empty(0)
     arguments = (*inputs, ctx.causal, saved, grad_out, grad_mass, grad_sum, wanted)

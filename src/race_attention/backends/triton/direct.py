@@ -203,7 +203,8 @@ class _Function(torch.autograd.Function):
         )
         need_planes = ctx.needs_input_grad[2 + _PLANES]
         results: Sequence[Any]
-        if torch.is_grad_enabled() or _watched() or not _PLAIN.issuperset(map(type, (*given, *saved))):
+        batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in given)
+        if batched or torch.is_grad_enabled() or _watched() or not _PLAIN.issuperset(map(type, (*given, *saved))):
             results = _operator_of(ctx, given, saved, need_planes)
         else:
             results = _again(ctx, given, saved, need_planes)
