@@ -10,6 +10,7 @@ Shape letters, used throughout the package:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,11 @@ class Call:
             return False
         tensors = (x for x in vars(self).values() if isinstance(x, Tensor))
         return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def several_at_once(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether torch hands down a batch of gradients as one (``is_grads_batched``), which operators alone take apart."""
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients)
 
 
 #: What a backend says of a call that is ``differentiated_otherwise``.

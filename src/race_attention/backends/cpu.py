@@ -20,7 +20,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from . import cpu_library
-from .call import OTHERWISE, Call
+from .call import OTHERWISE, Call, several_at_once
 
 _STORES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16)}  # code, bits
@@ -431,8 +431,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_
     wanted = [bool(needs[n]) for n in (0, 1, 2, 3, 4, 5, 9, 10)]
     # With gradients switched on somebody wants second derivatives: the operator refuses.
     given = (grad_out, grad_mass, grad_sum)
-    batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in given)  # is_grads_batched
-    plain = not torch.is_grad_enabled() and not batched and _plain((*tensors, *given))
+    plain = not torch.is_grad_enabled() and not several_at_once(given) and _plain((*tensors, *given))
     if saved is None and not plain:
         saved = tensors[0].new_empty(0)
     arguments = (*inputs, ctx.causal, saved, grad_out, grad_mass, grad_sum, wanted)

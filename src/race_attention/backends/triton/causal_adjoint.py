@@ -23,6 +23,7 @@ from .narrow import (
     begin_of,
     begins_of,
     block_decay,
+    block_in_run,
     chunk_at,
     features_at,
     load_mass,
@@ -190,11 +191,7 @@ def mass_parts_kernel(
     """
     block = tl.program_id(0) // G.to(tl.int32)
     head = tl.program_id(0) - block * G
-    per_run = (RUN // C).to(tl.int32)
-    run = block // per_run
-    first = (block - run * per_run) * C
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    count = (end - start).to(tl.int32)
+    run, batch, row, start, count, first = block_in_run(block, table, T, RUN, NC, C, True, PACKED)
     if first >= count:
         return
     tokens = (batch * G + head) * T + start

@@ -32,11 +32,10 @@ from .device import (
     keys_inside,
     operand,
     reciprocal,
-    run_bounds,
     store_rows,
     whole_rows,
 )
-from .narrow import begin_of, begins_of, features_at, load_mass, rows_at
+from .narrow import begin_of, begins_of, block_in_run, features_at, load_mass, rows_at
 from .projections import load_projections
 
 NEVER_SPECIALIZED = ["T", "RUN", "NC", "G", "vb", "vt", "vh", "ob", "ot", "oh", "mb", "mt", "mh"]
@@ -65,11 +64,7 @@ def block_gradient_kernel(
     heads = G.to(tl.int32)
     block = tl.program_id(0) // heads
     head = (tl.program_id(0) - block * heads).to(tl.int64)
-    per_run = (RUN // C).to(tl.int32)
-    run = block // per_run
-    first = (block - run * per_run) * C
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    count = (end - start).to(tl.int32)
+    run, batch, row, start, count, first = block_in_run(block, table, T, RUN, NC, C, True, PACKED)
     if first >= count:
         return
     row_of_head = (batch * G + head) * T + start

@@ -24,7 +24,6 @@ from .device import (
     keys_inside,
     operand,
     reciprocal,
-    run_bounds,
     side_gradients,
     store_rows,
     whole_rows,
@@ -34,6 +33,7 @@ from .narrow import (
     begins_of,
     beside,
     block_decay,
+    block_in_run,
     by_bucket,
     by_value,
     fading,
@@ -211,11 +211,7 @@ def query_gradient_kernel(
     block = tl.program_id(0) // H.to(tl.int32)
     head = tl.program_id(0) - block * H
     group = head // SHARE
-    per_run = (RUN // C).to(tl.int32) if CH > 0 else 1
-    run = block // per_run
-    first = (block - run * per_run) * C
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    count = (end - start).to(tl.int32)
+    run, batch, row, start, count, first = block_in_run(block, table, T, RUN, NC, C, CH > 0, PACKED)
     if first >= count:
         return
     key_features += ((batch * G + group) * T + start) * SW
@@ -427,11 +423,7 @@ def key_gradient_kernel(
     H = G * SHARE
     block = tl.program_id(0) // G.to(tl.int32)
     group = tl.program_id(0) - block * G
-    per_run = (RUN // C).to(tl.int32) if CH > 0 else 1
-    run = block // per_run
-    first = (block - run * per_run) * C
-    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
-    count = (end - start).to(tl.int32)
+    run, batch, row, start, count, first = block_in_run(block, table, T, RUN, NC, C, CH > 0, PACKED)
     if CH > C:
         if (first >= count) & (first // CH * CH < count):  # the rest of a row's last chunk
             rest = block_at(place_of(run, batch, row, start + first // CH * CH, T, CH, PACKED), first, C, CH)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from race_attention.backends.call import Call
+from race_attention.backends.call import Call, several_at_once
 
 from . import passes, plan, replay
 from .memory import Bundle
@@ -203,8 +203,8 @@ class _Function(torch.autograd.Function):
         )
         need_planes = ctx.needs_input_grad[2 + _PLANES]
         results: Sequence[Any]
-        batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in given)
-        if batched or torch.is_grad_enabled() or _watched() or not _PLAIN.issuperset(map(type, (*given, *saved))):
+        plain = _PLAIN.issuperset(map(type, (*given, *saved))) and not several_at_once(given)
+        if torch.is_grad_enabled() or _watched() or not plain:
             results = _operator_of(ctx, given, saved, need_planes)
         else:
             results = _again(ctx, given, saved, need_planes)

@@ -83,9 +83,11 @@ class Problem:
 
     def runs(self, of_keys: bool) -> plan.Runs:
         tokens, bounds = (self.keys, self.key_bounds) if of_keys else (self.queries, self.bounds)
-        extra, lengths = plan.extra_runs(self.shape, self.causal), plan.run_lengths(self.shape, self.causal)
+        extra = plan.extra_runs(self.shape, self.causal)
         if self.causal:
             lengths = plan.causal_run_lengths(self.shape, self.log_decay is not None)
+        else:
+            lengths = plan.run_lengths(self.shape, causal=False)
         return plan.runs_of(self.batch, tokens, self.groups, *lengths, bounds, extra)
 
     def options(self, kernel: str, *, tiles: bool) -> dict[str, Any]:

@@ -58,11 +58,6 @@ class Segments:
             yield segment
 
 
-def _runs(p: Problem) -> plan.Runs:
-    lengths = plan.causal_run_lengths(p.shape, p.log_decay is not None)
-    return plan.runs_of(p.batch, p.queries, p.groups, *lengths, p.bounds)
-
-
 def _totals(p: Problem, runs: plan.Runs) -> Tensor:
     """Room for each run's total log decay, [runs, G]."""
     return p.beta if p.log_decay is None else p.new(max(runs.count, 1), p.groups, dtype=torch.float64)
@@ -85,7 +80,7 @@ def _of_query(p: Problem) -> Tensor:
 
 def forward(p: Problem, initial: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, final mass, final value_sum, the state before each run); fills ``p.inverses``."""
-    runs = _runs(p)
+    runs = p.runs(of_keys=False)
     parts, totals = p.new(max(runs.count, 1), p.groups, p.shape.state_size), _totals(p, runs)
     segments = Segments(p, runs, totals)
     for segment in segments:
@@ -105,7 +100,7 @@ def backward(
 
     From the queries first, dq and the gradient of the state before each run; after the scan over those from the keys.
     """
-    runs = _runs(p)
+    runs = p.runs(of_keys=False)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value))
     decay = p.new(*p.key.shape[:3]) if p.log_decay is not None else p.new(0)
     parts, adjoints = (p.new(max(runs.count, 1), p.groups, p.shape.state_size) for _ in range(2))

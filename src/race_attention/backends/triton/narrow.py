@@ -20,12 +20,26 @@ from .device import (
     inverse_of,
     load_decay,
     operand,
+    run_bounds,
     sides,
     store_rows,
     whole_rows,
 )
 
 # ------------------------------------------------------------------------------------------- rows of a run
+
+
+@triton.jit
+def block_in_run(block, table, T, RUN, NC, C: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr):
+    """(run, batch, row, the run's first token, its tokens, the first of them here) of a program's block of C tokens.
+
+    CUT, runs are cut into blocks, and that of a short run may begin at its end or past it; else they are one each.
+    """
+    per_run = (RUN // C).to(tl.int32) if CUT else 1
+    run = block // per_run
+    first = (block - run * per_run) * C
+    batch, row, start, end, last = run_bounds(run, table, T, RUN, NC, PACKED)
+    return run, batch, row, start, (end - start).to(tl.int32), first
 
 
 @triton.jit
