@@ -28,7 +28,7 @@ from benchmarks.gpu import RESULTS, context
 from race_attention import race_attention
 from race_attention.testing import BUDGETS, make_inputs, relative_error
 from tests import rounded
-from tests.helpers import one_run
+from tests.helpers import in_double, one_run
 
 DTYPES = ("bfloat16", "float16", "float32")
 #: (P, L): several tiles of buckets that are compared whole, those compared by halves, and one tile.
@@ -57,15 +57,6 @@ def inputs_of(planes: int, tables: int, kind: str, decay: float, dtype: torch.dt
         share = torch.rand(log_decay.shape, generator=generator) if log_decay.ndim == 3 else torch.tensor(0.5)
         log_decay.copy_(-decay * share.expand(log_decay.shape))
     return inputs
-
-
-def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers, on the same device."""
-
-    def wide(x: Any) -> Any:
-        return x.detach().double().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return {name: wide(x) for name, x in inputs.items()}
 
 
 def gradients(inputs: dict[str, Any], backend: str, along: Tensor) -> dict[str, Tensor]:
@@ -98,7 +89,7 @@ def checked(
         found = gradients(inputs, "triton", along)
     except Exception as error:  # a row like any other, and out of its budget
         return {**row, "error": f"{type(error).__name__}: {error}"[:200], "within": False, "ill-conditioned": False}
-    exact = in_double(inputs)
+    exact = in_double(inputs, device)
     right = gradients(exact, "reference", along)
     scales = dict.fromkeys(NAMES, 0.0)
     errors = {name: relative_error(found[name], right[name]) for name in NAMES}
