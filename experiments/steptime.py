@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -160,6 +161,8 @@ def _time_side_by_side(configs: Sequence[RunConfig], given: argparse.Namespace) 
         while not found.empty():
             _record(found.get(), given.results)
         time.sleep(0.1)
+    if any(process.exitcode for process in processes):
+        sys.exit("a process ended before its rows were timed; the reason is above")
 
 
 def _take_part(
